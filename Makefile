@@ -1,0 +1,38 @@
+# `make demo` and `make test` work on a fresh machine with Python, a C++ compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels -type f -not -name '*.py')
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.train
+	$(BIN)/amtss-fast demo
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_loss.py
+
+clean:
+	rm -rf $(VENV) build
+
+# A stamp per extra: the second call installs nothing, and a change of the sources rebuilds the extension.
+$(VENV)/.train: $(SOURCES) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[train]"
+	touch $@
+
+$(VENV)/.test: $(SOURCES) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[train,test,bench]"
+	touch $@ $(VENV)/.train
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,46 @@
+"""Fused multi-teacher distillation: one loss, its kernels, and a training loop around it."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from amtss_fast.loss import AMTSSLoss, AMTSSStats, amtss_loss
+from amtss_fast.quantization import QuantizedLogits, quantize_logits
+
+if TYPE_CHECKING:
+    from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification
+    from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
+    from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments
+
+__version__ = "0.1.0"
+
+# The training half stands on transformers, datasets and accelerate: imported when it is first named.
+_TRAINING = {
+    "AMTSSConfig": "student",
+    "AMTSSForSequenceClassification": "student",
+    "AMTSSTrainer": "trainer",
+    "AMTSSTrainingArguments": "trainer",
+    "Teacher": "teachers",
+    "TeacherPool": "teachers",
+    "load_teacher": "teachers",
+}
+
+__all__ = [
+    "AMTSSConfig",
+    "AMTSSForSequenceClassification",
+    "AMTSSLoss",
+    "AMTSSStats",
+    "AMTSSTrainer",
+    "AMTSSTrainingArguments",
+    "QuantizedLogits",
+    "Teacher",
+    "TeacherPool",
+    "amtss_loss",
+    "load_teacher",
+    "quantize_logits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_TRAINING[name]}"), name)

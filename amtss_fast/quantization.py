@@ -1,0 +1,72 @@
+"""8-bit logits: a quarter of the bytes of float32, read directly by the kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Of the 256 codes one is kept for -inf.
+_MASKED = 255
+_LARGEST = 254
+# Logits this far below the largest of their row are raised to that distance. Less would cut off classes that matter at
+# high temperatures, more would coarsen the steps that matter at temperature 1.
+_RANGE = 66.0
+
+
+class QuantizedLogits(NamedTuple):
+    """Logits [N, C] in 8 bits: logit = row_max - step * code, and -inf for code 255.
+
+    Made by :func:`quantize_logits`; :func:`amtss_fast.amtss_loss` takes it in the place of a teacher's logits.
+    """
+
+    codes: Tensor
+    """[N, C] uint8."""
+    row_max: Tensor
+    """[N] float32, the largest logit of each row."""
+    step: Tensor
+    """[N] float32, the distance between neighbouring codes, >= 0."""
+
+    def dequantize(self) -> Tensor:
+        """The logits that the codes stand for, [N, C] float32."""
+        return dequantize(self.codes, self.row_max, self.step)
+
+    def to(self, device: torch.device | str) -> QuantizedLogits:
+        """The same on another device."""
+        return QuantizedLogits(self.codes.to(device), self.row_max.to(device), self.step.to(device))
+
+
+def quantize_logits(logits: Tensor) -> QuantizedLogits:
+    """8-bit codes of `logits` for use in a softmax.
+
+    Each row has its own step, its range (at most 66) divided by 254. For normally distributed logits of standard
+    deviation 10, KL(softmax(logits / tau) || softmax(dequantized / tau)), averaged over rows, is below 1e-3 nats at
+    every tau >= 1 and any number of classes up to 250,000; a single row, where two classes are nearly tied, reaches
+    4e-3. At standard deviation 3 no row reaches 1e-3.
+
+    Args:
+        logits: [N, C] floating. -inf stays -inf; a row that holds NaN or +inf becomes NaN, as its softmax is.
+
+    Raises:
+        TypeError, ValueError: not floating, or not [N, C].
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating, got {logits.dtype}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [N, C] with C >= 1, got shape {list(logits.shape)}")
+    values = logits.detach().float()
+    row_max = values.amax(-1, keepdim=True)  # [N, 1]
+    masked = values == float("-inf")
+    below = (row_max - values).masked_fill(masked, 0.0)  # [N, C] distance from the maximum
+    step = below.amax(-1, keepdim=True).clamp(max=_RANGE).nan_to_num(_RANGE) / _LARGEST
+    # A row of equal logits has step 0 and code 0.
+    codes = (below / step).round().nan_to_num(0.0).clamp(max=_LARGEST).masked_fill(masked, _MASKED)
+    row_max = row_max.where(row_max != float("inf"), float("nan"))
+    return QuantizedLogits(codes.to(torch.uint8), row_max.squeeze(-1), step.squeeze(-1))
+
+
+def dequantize(codes: Tensor, row_max: Tensor, step: Tensor) -> Tensor:
+    """Logits [N, C] float32 of `codes` [N, C] uint8: row_max[n] - step[n] * code, -inf for code 255."""
+    values = row_max.unsqueeze(-1) - step.unsqueeze(-1) * codes
+    return values.where(codes != _MASKED, float("-inf"))

@@ -1,0 +1,179 @@
+"""The loss in plain torch: any device, float64 too. It is what every other backend is measured against.
+
+It follows the formulas of :func:`amtss_fast.amtss_loss` line by line and favours reading over speed: it holds several
+[N, C] temporaries per teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amtss_fast.ops import Outputs, accumulation_dtype, gradient_dtype
+from amtss_fast.quantization import dequantize
+
+CHECKS_VALUES = False
+
+
+def why_missing() -> str | None:
+    """Plain torch is always there."""
+    return None
+
+
+def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
+    """Every device and every floating dtype runs."""
+    return None
+
+
+def amtss_loss(
+    student_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
+    teacher_row_max: Sequence[Tensor | None],
+    teacher_step: Sequence[Tensor | None],
+    labels: Tensor | None,
+    teacher_prior: Tensor | None,
+    teacher_mask: Tensor | None,
+    sample_weight: Tensor | None,
+    num_items: Tensor | None,
+    temperature: float,
+    weighting: str,
+    weight_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    unlabeled_index: int,
+    reduction: str,
+    need_grad: bool,
+    need_stats: bool,
+) -> Outputs:
+    """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`."""
+    dtype = accumulation_dtype(student_logits)
+    n_rows, n_classes = student_logits.shape
+    n_teachers = len(teacher_logits)
+    device = student_logits.device
+
+    if labels is None:
+        labels = torch.full((n_rows,), unlabeled_index, device=device)
+    counts = labels != ignore_index  # [N]
+    unlabeled = labels == unlabeled_index
+    invalid = counts & ~unlabeled & ((labels < 0) | (labels >= n_classes))
+    labelled = counts & ~unlabeled & ~invalid
+
+    prior = torch.ones(n_teachers, 1, dtype=dtype, device=device)
+    if teacher_prior is not None:
+        prior = teacher_prior.to(dtype).reshape(n_teachers, -1)
+    teaches = (prior > 0) & counts  # [K, N]
+    if teacher_mask is not None:
+        teaches = teaches & teacher_mask
+    row_weight = torch.ones(n_rows, dtype=dtype, device=device)
+    if sample_weight is not None:
+        row_weight = sample_weight.to(dtype)
+
+    student = student_logits.to(dtype)
+    log_q = (student / temperature).log_softmax(-1)  # [N, C]
+    log_p = [  # K of [N, C]
+        (_logits(teacher_logits, teacher_row_max, teacher_step, k).to(dtype) / temperature).log_softmax(-1)
+        for k in range(n_teachers)
+    ]
+
+    margins = torch.stack([_margin(lp, labels, labelled, weighting) for lp in log_p])  # [K, N]
+    margins = margins.where(teaches, 0.0)
+    weights = _weights(margins, prior, teaches, weight_temperature)
+    divergences = torch.stack([_divergence(lp, log_q) for lp in log_p])  # [K, N]
+    divergences = divergences.where(teaches, 0.0)
+
+    row_loss = torch.zeros(n_rows, dtype=dtype, device=device)
+    row_grad = torch.zeros_like(student)
+    if kd_weight > 0:
+        weighted = (weights * divergences).where(weights != 0, 0.0).sum(0)
+        row_loss = row_loss + kd_weight * temperature**2 * weighted
+        mixture = torch.zeros_like(student)
+        for lp, weight in zip(log_p, weights, strict=True):
+            column = weight.unsqueeze(-1)
+            mixture = mixture + (column * lp.exp()).where(column != 0, 0.0)
+        taught = teaches.any(0).unsqueeze(-1)
+        row_grad = row_grad + kd_weight * temperature * (log_q.exp() - mixture).where(taught, 0.0)
+    if ce_weight > 0:
+        log_q1 = student.log_softmax(-1)  # temperature 1
+        target = labels.where(labelled, 0).unsqueeze(-1)
+        cross_entropy = -(1 - label_smoothing) * log_q1.gather(-1, target).squeeze(-1)
+        if label_smoothing > 0:
+            cross_entropy = cross_entropy - label_smoothing * log_q1.mean(-1)
+        row_loss = row_loss + ce_weight * cross_entropy.where(labelled, 0.0)
+        one_hot = torch.zeros_like(student).scatter(-1, target, 1.0 - label_smoothing)
+        smoothed = one_hot + label_smoothing / n_classes
+        row_grad = row_grad + ce_weight * (log_q1.exp() - smoothed).where(labelled.unsqueeze(-1), 0.0)
+
+    row_loss = row_loss.where(~invalid, float("nan"))
+    row_grad = row_grad.where(~invalid.unsqueeze(-1), float("nan"))
+    # A row of weight 0 is out, whatever it holds: 0 times NaN would keep it in.
+    alive = counts & (row_weight > 0)
+    row_loss = (row_weight * row_loss).where(alive, 0.0)
+    row_grad = (row_weight.unsqueeze(-1) * row_grad).where(alive.unsqueeze(-1), 0.0)
+
+    loss = row_loss
+    if reduction == "sum":
+        loss = row_loss.sum()
+    elif reduction == "mean":
+        divisor = counts.sum().clamp(min=1).to(dtype) if num_items is None else num_items.to(dtype)
+        loss = row_loss.sum() / divisor
+        row_grad = row_grad / divisor
+
+    grad = (row_grad if need_grad else row_grad.new_empty(0)).to(gradient_dtype(student_logits))
+    if not need_stats:
+        # Four tensors: outputs of an operator may not be the same one.
+        weights, margins, divergences, student_margin = (row_loss.new_empty(0) for _ in range(4))
+        return loss, grad, weights, margins, divergences, student_margin
+    student_margin = _margin(log_q, labels, labelled, weighting).where(counts, 0.0)
+    return loss, grad, weights, margins, divergences, student_margin
+
+
+def _logits(
+    teacher_logits: Sequence[Tensor],
+    teacher_row_max: Sequence[Tensor | None],
+    teacher_step: Sequence[Tensor | None],
+    k: int,
+) -> Tensor:
+    row_max = teacher_row_max[k] if teacher_row_max else None
+    step = teacher_step[k] if teacher_step else None
+    if row_max is None or step is None:
+        return teacher_logits[k]
+    return dequantize(teacher_logits[k], row_max, step)
+
+
+def _margin(log_p: Tensor, labels: Tensor, labelled: Tensor, weighting: str) -> Tensor:
+    """How sure a model is of the label [N]; rows without a label take the model's own largest class for it."""
+    if weighting == "top2_margin":
+        largest, second = log_p.topk(2, dim=-1).values.exp().unbind(-1)
+        return largest - second
+    target = labels.where(labelled, log_p.argmax(-1)).unsqueeze(-1)  # [N, 1]
+    log_p_target = log_p.gather(-1, target).squeeze(-1)
+    if weighting == "label_nll":
+        return log_p_target
+    log_p_other = log_p.scatter(-1, target, float("-inf")).amax(-1)
+    return log_p_target.exp() - log_p_other.exp()
+
+
+def _weights(margins: Tensor, prior: Tensor, teaches: Tensor, weight_temperature: float) -> Tensor:
+    """Weights [K, N], w = alpha exp(m / beta) / sum over the teachers that teach the row; 0 for the others."""
+    if weight_temperature == 0:
+        # argmax takes the first of several equal ones: the lowest k. Teachers at -inf still come before the absent.
+        score = margins.clamp(min=torch.finfo(margins.dtype).min).where(teaches, float("-inf"))
+        best = torch.nn.functional.one_hot(score.argmax(0), margins.shape[0]).T  # [K, N]
+        return best.to(margins.dtype).where(teaches, 0.0)
+    score = margins / weight_temperature if weight_temperature < float("inf") else torch.zeros_like(margins)
+    score = score.where(teaches, float("-inf"))
+    top = score.amax(0)
+    # Equal scores differ by 0, also where both are -inf.
+    mass = prior * (score - top).where(score != top, 0.0).exp()
+    mass = mass.where(teaches, 0.0)
+    return (mass / mass.sum(0)).where(teaches, 0.0)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) [N] with 0 log 0 = 0, where q is 0 too."""
+    p = log_p.exp()
+    return (p * (log_p - log_q)).where(p != 0, 0.0).sum(-1)
