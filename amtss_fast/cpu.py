@@ -1,0 +1,151 @@
+"""The native CPU backend: hands the addresses of tensors to the C++ kernel `amtss_fast._cpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amtss_fast.ops import Outputs, gradient_dtype, raise_label, raise_weight
+
+_MISSING: str | None = None
+try:
+    from amtss_fast import _cpu
+except ImportError as error:
+    _MISSING = f"the compiled module amtss_fast._cpu cannot be imported ({error}); install with a C++ compiler"
+else:
+    # An environment variable that names what the machine lacks is an error here, not a reason for another backend.
+    _cpu.instruction_set()
+
+CHECKS_VALUES = True
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+_WEIGHTINGS = {"label_margin": 0, "top2_margin": 1, "label_nll": 2}
+_MAX_TEACHERS = 256
+_MAX_CLASSES = 2**31 - 1
+_TEMPERATURES = (1e-30, 1e30)
+
+
+def why_missing() -> str | None:
+    """Why this machine cannot run the backend; None if it can."""
+    return _MISSING
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the best of the machine, or what AMTSS_CPU_ISA names."""
+    return str(_cpu.instruction_set())
+
+
+def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
+    """Why the backend cannot run these tensors; None if it can."""
+    if student_logits.device.type != "cpu":
+        return f"it runs CPU tensors, student_logits are on {student_logits.device}"
+    if student_logits.dtype not in _TYPES:
+        return f"student_logits are {student_logits.dtype}; it knows float32, bfloat16 and float16"
+    if student_logits.shape[1] > _MAX_CLASSES:
+        return f"there are {student_logits.shape[1]} classes; it takes up to {_MAX_CLASSES}"
+    if len(teacher_logits) > _MAX_TEACHERS:
+        return f"there are {len(teacher_logits)} teachers; it takes up to {_MAX_TEACHERS}"
+    for k, teacher in enumerate(teacher_logits):
+        if teacher.dtype not in _TYPES:
+            return f"teacher_logits[{k}] is {teacher.dtype}; it knows float32, bfloat16, float16 and 8-bit codes"
+    return None
+
+
+def amtss_loss(
+    student_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
+    teacher_row_max: Sequence[Tensor | None],
+    teacher_step: Sequence[Tensor | None],
+    labels: Tensor | None,
+    teacher_prior: Tensor | None,
+    teacher_mask: Tensor | None,
+    sample_weight: Tensor | None,
+    num_items: Tensor | None,
+    temperature: float,
+    weighting: str,
+    weight_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    unlabeled_index: int,
+    reduction: str,
+    need_grad: bool,
+    need_stats: bool,
+) -> Outputs:
+    """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`."""
+    if not _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]:
+        raise ValueError(f"temperature must be in {list(_TEMPERATURES)} for the native kernel, got {temperature}")
+    n_rows, n_classes = student_logits.shape
+    n_teachers = len(teacher_logits)
+    # Copies that a stride or a dtype makes necessary have to outlive the call.
+    alive = []
+
+    def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        if tensor is None:
+            return 0
+        if tensor.dtype is not dtype or not tensor.is_contiguous():
+            tensor = tensor.to(dtype).contiguous()
+            alive.append(tensor)
+        return tensor.data_ptr()
+
+    matrices = [student_logits.data_ptr(), *student_logits.stride(), _TYPES[student_logits.dtype], 0, 0]
+    for k, teacher in enumerate(teacher_logits):
+        matrices += (teacher.data_ptr(), *teacher.stride(), _TYPES[teacher.dtype])
+        matrices += (address(teacher_row_max[k]), address(teacher_step[k])) if teacher_row_max else (0, 0)
+
+    divisor = 1.0
+    if num_items is not None:
+        divisor = num_items.item()
+        if not 0 < divisor < float("inf"):
+            raise ValueError(f"num_items must be positive and finite, got {divisor}")
+    elif reduction == "mean":
+        # The kernel counts the rows.
+        divisor = float("nan")
+
+    per_row = reduction == "none"
+    loss = torch.empty(n_rows if per_row else ())
+    grad_type = gradient_dtype(student_logits)
+    grad = torch.empty((n_rows, n_classes) if need_grad else 0, dtype=grad_type)
+    per_teacher = (n_teachers, n_rows) if need_stats else 0
+    weights, margins, kd = torch.empty(per_teacher), torch.empty(per_teacher), torch.empty(per_teacher)
+    student_margin = torch.empty(n_rows if need_stats else 0)
+
+    fault = _cpu.loss(
+        n_rows,
+        n_classes,
+        matrices,
+        address(labels, torch.int64),
+        address(teacher_prior),
+        teacher_prior is not None and teacher_prior.dim() == 2,
+        address(teacher_mask, torch.bool),
+        address(sample_weight),
+        temperature,
+        weight_temperature,
+        kd_weight,
+        ce_weight,
+        label_smoothing,
+        _WEIGHTINGS[weighting],
+        ignore_index,
+        unlabeled_index,
+        divisor,
+        grad.data_ptr() if need_grad else 0,
+        _TYPES[grad_type],
+        loss.data_ptr() if per_row else 0,
+        weights.data_ptr(),
+        margins.data_ptr(),
+        kd.data_ptr(),
+        student_margin.data_ptr(),
+        0 if per_row else loss.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if fault is not None:
+        which, index = fault
+        if which == 1 and labels is not None:
+            raise_label(int(labels[index]), index, n_classes, ignore_index, unlabeled_index)
+        name, weight = ("teacher_prior", teacher_prior) if which == 2 else ("sample_weight", sample_weight)
+        assert weight is not None
+        raise_weight(name, float(weight.flatten()[index]))
+    return loss, grad, weights, margins, kd, student_margin

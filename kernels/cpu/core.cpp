@@ -1,0 +1,129 @@
+#include "core.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "threads.h"
+
+namespace amtss {
+namespace {
+
+// A call with fewer logits than this is over before a second thread would have woken up.
+constexpr int64_t logits_worth_a_thread = 1 << 15;
+// From this size on, writing around the cache beats writing through it.
+constexpr int64_t streaming_bytes = 4 << 20;
+// Sums of rows are added up in this many parts at most, always the same ones.
+constexpr int64_t max_parts = 512;
+
+struct Scratch {
+    std::unique_ptr<char, void (*)(void*)> memory{static_cast<char*>(std::aligned_alloc(64, scratch_bytes)), std::free};
+    Scratch() {
+        if (!memory) throw std::bad_alloc();
+    }
+};
+
+std::vector<const Kernel*> find_kernels() {
+    std::vector<const Kernel*> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        found.push_back(&kernel_avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        found.push_back(&kernel_avx2);
+#endif
+    found.push_back(&kernel_baseline);
+    found.push_back(nullptr);
+    return found;
+}
+
+Outcome check(const Problem& p) {
+    for (int64_t n = 0; p.labels && n < p.rows; n++) {
+        const int64_t label = p.labels[n];
+        if ((label < 0 || label >= p.classes) && label != p.ignore_index && label != p.unlabeled_index)
+            return {Fault::label, n};
+    }
+    // NaN is neither.
+    const auto wrong = [](float weight) { return !(weight >= 0 && weight < HUGE_VALF); };
+    for (int64_t i = 0; p.prior && i < p.teachers * (p.prior_per_row ? p.rows : 1); i++)
+        if (wrong(p.prior[i])) return {Fault::prior, i};
+    for (int64_t n = 0; p.sample_weight && n < p.rows; n++)
+        if (wrong(p.sample_weight[n])) return {Fault::sample_weight, n};
+    return {Fault::none, 0};
+}
+
+int64_t rows_that_count(const Problem& p) {
+    if (!p.labels) return p.rows;
+    return p.rows - std::count(p.labels, p.labels + p.rows, p.ignore_index);
+}
+
+// Fresh memory comes page by page on first touch, which takes longer than the loss itself: ask for large pages.
+void want_large_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 4096;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+    // A hint: where the system has none to give, nothing but time is lost.
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+const Kernel* const* supported_kernels() {
+    static const std::vector<const Kernel*> kernels = find_kernels();
+    return kernels.data();
+}
+
+const Kernel* chosen_kernel() {
+    const char* wanted = std::getenv("AMTSS_CPU_ISA");
+    const Kernel* const* kernel = supported_kernels();
+    if (wanted && *wanted)
+        while (*kernel && std::strcmp((*kernel)->name, wanted) != 0) kernel++;
+    return *kernel;
+}
+
+Outcome run(const Kernel& kernel, Problem& p, double divisor, float* loss, int threads) {
+    const Outcome outcome = check(p);
+    if (outcome.fault != Fault::none) return outcome;
+    if (std::isnan(divisor)) divisor = double(std::max<int64_t>(1, rows_that_count(p)));
+    p.gradient_scale = float(1 / divisor);
+    const int64_t gradient_bytes = p.gradient ? p.rows * p.classes * (p.gradient_type == Type::f32 ? 4 : 2) : 0;
+    p.stream = gradient_bytes >= streaming_bytes;
+    if (p.stream) want_large_pages(p.gradient, gradient_bytes);
+
+    const int64_t tile = kernel.tile(p), tiles = (p.rows + tile - 1) / tile;
+    const int64_t part = (tiles + max_parts - 1) / max_parts * tile;
+    double sums[max_parts];
+    struct Context {
+        const Kernel& kernel;
+        const Problem& p;
+        int64_t part;
+        double* sums;
+    } context{kernel, p, part, sums};
+    const int64_t parts = part ? (p.rows + part - 1) / part : 0;
+    if (p.rows * p.classes * (1 + p.teachers) < logits_worth_a_thread) threads = 1;
+    parallel_for(
+        parts, threads,
+        [](void* pointer, int64_t i) {
+            thread_local Scratch scratch;
+            const Context& c = *static_cast<const Context*>(pointer);
+            c.sums[i] =
+                c.kernel.loss(c.p, i * c.part, std::min(c.p.rows, (i + 1) * c.part), scratch.memory.get());
+        },
+        &context);
+    if (loss) {
+        double sum = 0;
+        for (int64_t i = 0; i < parts; i++) sum += sums[i];
+        *loss = float(sum / divisor);
+    }
+    return outcome;
+}
+
+}  // namespace amtss

@@ -1,0 +1,5 @@
+#include "kernel.h"
+
+namespace amtss {
+extern const Kernel kernel_avx512 = {"avx512", tile_rows, loss_rows, exp_all};
+}

@@ -1,0 +1,9 @@
+#include "kernel.h"
+
+namespace amtss {
+#if defined(__x86_64__)
+extern const Kernel kernel_baseline = {"sse2", tile_rows, loss_rows, exp_all};
+#else
+extern const Kernel kernel_baseline = {"neon", tile_rows, loss_rows, exp_all};
+#endif
+}

@@ -1,0 +1,833 @@
+// The algorithm, compiled once per instruction set.
+//
+// Rows are worked on in tiles of up to W. Each tile goes through three steps:
+//   measure   per tensor and row: the largest logits, Z = sum e^a and D = sum e^a (a - b), with a and b the teacher's
+//             and the student's logits less their maxima. Two ways: `measure_row` runs along the classes of one row,
+//             block by block, with a running maximum; `measure_columns`, for few classes, holds one row per lane.
+//   weigh     W rows at once: margins, teacher weights, KL = D / (tau Z) + log(Z_student / Z_teacher), loss, and what
+//             each tensor's e^a is multiplied by in the gradient.
+//   combine   the gradient, from the exponentials that `measure` kept, or from new ones where a row is too long.
+#pragma once
+
+#include "core.h"
+#include "simd.h"
+
+namespace {
+
+using namespace amtss;
+
+constexpr float infinity = __builtin_inff(), nan = __builtin_nanf("");
+
+// Logits of a block are read, widened and reduced while they are in the first-level cache. A lane adds up this many
+// values at most in float; blocks are added up in double.
+constexpr int64_t block = 64 * W;
+// Up to this many classes a lane holds a row.
+constexpr int64_t few_classes = 32;
+static_assert(block % 32 == 0);
+
+// A whole vector of a row, or its last elements.
+struct Whole {};
+struct Part {
+    int n;
+};
+
+inline vf load(const float* p, Whole, float) { return load(p); }
+inline vf load(const float* p, Part part, float rest) { return load_first(p, part.n, rest); }
+inline void store(float* p, vf v, Whole) { store(p, v); }
+inline void store(float* p, vf v, Part part) { store_first(p, part.n, v); }
+
+// f(i, Whole or Part) for the vectors of [0, n).
+template <class F>
+inline void sweep(int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) f(i, Whole{});
+    if (i < n) f(i, Part{int(n - i)});
+}
+
+template <class... Arrays>
+inline void clear(Arrays&... arrays) {
+    (store(arrays, vf{}), ...);
+}
+
+// ---- exp and log
+
+// e^(x / tau) = 2^(x (hi + lo)), for x in [low, high] before 2^151 less and 2^129 more.
+struct Exponent {
+    float hi, lo, low, high;
+
+    explicit Exponent(double tau) {
+        const double factor = 1.4426950408889634 / tau;
+        hi = float(factor);
+        lo = float(factor - hi);
+        low = float(-151 / factor);
+        high = float(129 / factor);
+    }
+};
+
+// e^(x / tau), within 1.4 ulp (subnormal results included); 0 at -inf, infinite at inf, NaN at NaN.
+inline vf exp(vf x, const Exponent& e) {
+    x = min(set(e.high), max(set(e.low), x));
+    const vf n = round(x * e.hi);
+    const vf f = reduce(x, e.hi, e.lo, n);
+    const vf f2 = f * f;
+    const vf high = fma(f, set(0x1.41fb2ep-13f), set(0x1.5f3f30p-10f));
+    const vf middle = fma(f, set(0x1.3b2d50p-7f), set(0x1.c6aee6p-5f));
+    const vf low = fma(f, set(0x1.ebfbdcp-3f), set(0x1.62e430p-1f));
+    const vf p = fma(f2, fma(f2, high, middle), low);
+    return scale(fma(f, p, set(1)), n);
+}
+
+inline float exp(float x, const Exponent& e) { return exp(set(x), e)[0]; }
+
+// log(x) for x that are positive and normal, or NaN.
+inline vf log(vf x) {
+    // x = 2^n m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh((m - 1) / (m + 1)).
+    const vi bits = (vi)x - 0x3f3504f3;
+    const vf n = __builtin_convertvector(bits >> 23, vf);
+    const vf m = (vf)((bits & 0x7fffff) + 0x3f3504f3);
+    const vf s = (m - 1) / (m + 1), z = s * s;
+    vf p = fma(z, set(0.14937392f), set(0.19988717f));
+    p = z * fma(z, p, set(0.33333388f));
+    const vf log_m = fma(s + s, p, s + s);
+    const vf y = fma(n, set(0x1.62e4p-1f), fma(n, set(0x1.7f7d1cp-20f), log_m));
+    return x == x ? y : x;
+}
+
+// ---- reading logits
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    __builtin_memcpy(&y, &bits, sizeof y);
+    return y;
+}
+inline float widen(f16 x) { return widen(vu16{} + x.bits)[0]; }
+
+// A row of logits of one type. The scale is that of codes.
+template <class T>
+struct Row {
+    const T* p;
+    int64_t stride;
+    float row_max, step;
+
+    float operator[](int64_t i) const { return widen(p[i * stride]); }
+};
+template <>
+inline float Row<uint8_t>::operator[](int64_t i) const {
+    const uint8_t code = p[i * stride];
+    return code == 255 ? -infinity : row_max - step * code;
+}
+
+inline vf load(const Row<float>& row, int64_t i) { return load(row.p + i); }
+inline vf load(const Row<bf16>& row, int64_t i) { return widen_bf16(load_bits<vu16>(row.p + i)); }
+inline vf load(const Row<f16>& row, int64_t i) { return widen(load_bits<vu16>(row.p + i)); }
+inline vf load(const Row<uint8_t>& row, int64_t i) {
+    const vi code = __builtin_convertvector(load_bits<vu8>(row.p + i), vi);
+    return code == 255 ? set(-infinity) : row.row_max - row.step * __builtin_convertvector(code, vf);
+}
+
+// f(row) with the row in its own type.
+template <class F>
+inline auto with_row(const Matrix& m, int64_t n, F f) {
+    const int64_t offset = n * m.row_stride;
+    switch (m.type) {
+        case Type::f32: return f(Row<float>{(const float*)m.data + offset, m.column_stride, 0, 0});
+        case Type::bf16: return f(Row<bf16>{(const bf16*)m.data + offset, m.column_stride, 0, 0});
+        case Type::f16: return f(Row<f16>{(const f16*)m.data + offset, m.column_stride, 0, 0});
+        default:
+            return f(Row<uint8_t>{(const uint8_t*)m.data + offset, m.column_stride, m.row_max[n], m.step[n]});
+    }
+}
+
+// `count` logits of row n from `begin` as floats that lie side by side: in place, or widened into `buffer`.
+inline const float* read(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer) {
+    if (m.type == Type::f32 && m.column_stride == 1) return (const float*)m.data + n * m.row_stride + begin;
+    with_row(m, n, [&](auto row) {
+        int64_t i = 0;
+        if (row.stride == 1)
+            for (; i + W <= count; i += W) store(buffer + i, load(row, begin + i));
+        for (; i < count; i++) buffer[i] = row[begin + i];
+    });
+    return buffer;
+}
+
+inline float read(const Matrix& m, int64_t n, int64_t c) {
+    return with_row(m, n, [&](auto row) { return row[c]; });
+}
+
+// ---- one block of a row
+
+// The two largest logits of a row.
+struct Top {
+    float first, second;
+};
+
+inline Top merge(Top a, Top b) {
+    const float smaller = a.first < b.first ? a.first : b.first;
+    const float second = a.second > b.second ? a.second : b.second;
+    return {a.first > b.first ? a.first : b.first, smaller > second ? smaller : second};
+}
+
+// `count` logits of row n from `begin`, as floats that lie side by side (in place, or widened into `buffer`), and the
+// two largest of them.
+inline const float* read_block(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer, Top& top) {
+    struct {
+        vf first = set(-infinity), second = first;
+        void take(vf v) {
+            second = max(second, min(first, v));
+            first = max(first, v);
+        }
+    } best;
+    const float* x = buffer;
+    if (m.column_stride != 1 || m.type == Type::f32) {
+        x = read(m, n, begin, count, buffer);
+        sweep(count, [&](int64_t i, auto part) { best.take(load(x + i, part, -infinity)); });
+    } else {
+        best = with_row(m, n, [&](auto row) {
+            // A copy: what the stores might alias would have to be kept in memory.
+            auto local = best;
+            int64_t i = 0;
+            for (; i + W <= count; i += W) {
+                const vf v = load(row, begin + i);
+                store(buffer + i, v);
+                local.take(v);
+            }
+            for (int64_t rest = i; rest < count; rest++) buffer[rest] = row[begin + rest];
+            if (i < count) local.take(load_first(buffer + i, int(count - i), -infinity));
+            return local;
+        });
+    }
+    float firsts[W], seconds[W];
+    store(firsts, best.first);
+    store(seconds, best.second);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) {
+            const Top both = merge({firsts[i], seconds[i]}, {firsts[i + half], seconds[i + half]});
+            firsts[i] = both.first;
+            seconds[i] = both.second;
+        }
+    top = merge(top, {firsts[0], seconds[0]});
+    return x;
+}
+
+// Logits that are needed next: they are fetched while the current ones are worked on.
+struct Ahead {
+    const char* p;
+    int size;
+
+    void fetch(int64_t i) const { __builtin_prefetch(p + i * size); }
+};
+
+// y = e^((x - origin) / tau); returns their sum.
+inline float exp_block(const float* x, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
+    vf z = {};
+    sweep(n, [&](int64_t i, auto part) {
+        ahead.fetch(i);
+        const vf v = exp(load(x + i, part, -infinity) - origin, e);
+        z += v;
+        store(y + i, v, part);
+    });
+    return sum(z);
+}
+
+struct Sums {
+    float z, d;
+};
+
+// The same for a teacher, with D against the student's logits s.
+inline Sums divergence_block(const float* x, const float* s, float* y, int64_t n, float origin, float student_origin,
+                             Exponent e, Ahead ahead) {
+    vf z = {}, d = {};
+    sweep(n, [&](int64_t i, auto part) {
+        ahead.fetch(i);
+        const vf a = load(x + i, part, -infinity) - origin, b = load(s + i, part, -infinity) - student_origin;
+        const vf v = exp(a, e);
+        z += v;
+        // 0 log 0 = 0, also where the student's logit is -inf.
+        d += v != 0 ? v * (a - b) : vf{};
+        store(y + i, v, part);
+    });
+    return {sum(z), sum(d)};
+}
+
+// The exponentials of a block: kept ones, or new ones from the logits.
+struct Kept {
+    const float* e;
+
+    template <class Size>
+    vf operator()(int64_t i, Size part) const {
+        return load(e + i, part, 0);
+    }
+};
+struct Recomputed {
+    const float* x;
+    float origin;
+    Exponent exponent;
+    Ahead ahead;
+
+    template <class Size>
+    vf operator()(int64_t i, Size part) const {
+        ahead.fetch(i);
+        return exp(load(x + i, part, -infinity) - origin, exponent);
+    }
+};
+
+// g = factor * e, or g + factor * e.
+template <class Source>
+inline void add_block(float* g, Source e, float factor, int64_t n, bool first) {
+    if (first)
+        sweep(n, [=](int64_t i, auto part) { store(g + i, factor * e(i, part), part); });
+    else
+        sweep(n, [=](int64_t i, auto part) { store(g + i, fma(set(factor), e(i, part), load(g + i, part, 0)), part); });
+}
+
+// g = factor * e - g. Both products are rounded alike: where the student equals its teacher, the difference is 0.
+template <class Source>
+inline void subtract_from_block(float* g, Source e, float factor, int64_t n) {
+    sweep(n, [=](int64_t i, auto part) { store(g + i, factor * e(i, part) - load(g + i, part, 0), part); });
+}
+
+// Writes n gradients in their own type. Streaming writes go around the cache.
+inline void write_block(const float* g, void* out, Type type, int64_t n, bool streaming, uint16_t* narrow) {
+    const char* from = (const char*)g;
+    int64_t bytes = n * 4;
+    if (type == Type::bf16) {
+        int64_t i = 0;
+        for (; i < n; i += W) {
+            const vu16 v = narrow_bf16(load(g + i));
+            __builtin_memcpy(narrow + i, &v, sizeof v);
+        }
+        from = (const char*)narrow;
+        bytes = n * 2;
+    }
+    char* const to = (char*)out;
+    int64_t done = streaming ? -(uintptr_t)to % sizeof(vf) : 0;
+    if (done > bytes) done = bytes;
+    __builtin_memcpy(to, from, done);
+    for (; done + int64_t(sizeof(vf)) <= bytes; done += sizeof(vf)) {
+        const vf v = load((const float*)(from + done));
+        if (streaming)
+            stream((float*)(to + done), v);
+        else
+            store((float*)(to + done), v);
+    }
+    __builtin_memcpy(to + done, from + done, bytes - done);
+}
+
+inline float sum_block(const float* x, int64_t n, float origin) {
+    vf total = {};
+    sweep(n, [&](int64_t i, auto part) { total += load(x + i, part, origin) - origin; });
+    return sum(total);
+}
+
+// ---- what is known of the rows of a tile: one lane each
+
+// Sums of one row so far; the exponentials in them are those of logits less `origin`.
+struct Running {
+    Top top = {-infinity, -infinity};
+    float origin = 0;  // the maximum so far, or 0 while that is -inf
+    double z = 0, d = 0;
+
+    // Moves the origin to the maximum so far; the student's has moved by `student_shift`. Returns own shift.
+    double rebase(double student_shift, const Exponent& e) {
+        const float moved = top.first == -infinity ? 0 : top.first;
+        const double shift = double(origin) - moved;
+        origin = moved;
+        if (z != 0 && (shift != 0 || student_shift != 0)) {
+            const double factor = exp(float(shift), e);
+            d = factor == 0 ? 0 : factor * (d + (shift - student_shift) * z);
+            z *= factor;
+        }
+        return shift;
+    }
+};
+
+struct alignas(64) Measured {
+    float z[W];       // sum of e^a
+    float d[W];       // of a teacher: D / tau
+    float label[W];   // the label's logit (of rows without one: the largest) less the maximum
+    float other[W];   // the largest of the other logits less the maximum
+    float alpha[W];   // of a teacher: prior, 0 where it does not teach the row
+    float margin[W], weight[W];
+    float factor[W];  // of e^a in the gradient; 0 leaves the tensor out
+};
+
+// The cross entropy, at temperature 1, and what belongs to the row as a whole.
+struct alignas(64) Rows {
+    int32_t label[W];             // -1: none
+    int32_t margin_label[W];      // the label that stands in the margins; -1: the largest logit's
+    float counts[W];              // 0: dropped
+    float weight[W];              // of the row in the loss; 0 if dropped
+    float student[W];             // 0: the student's logits are not looked at
+    float cross[W];               // 0: no cross entropy
+    float z[W], at_label[W], sum[W];  // of the student's logits less their maximum
+    float factor[W];              // of e^(s - maximum) in the gradient
+    float everywhere[W], one_hot[W];  // what the gradient loses at each class, at the label
+};
+
+// How a problem is laid out in the scratch of a thread.
+struct Plan {
+    bool columns;      // few classes: one row per lane
+    bool apart;        // the cross entropy needs exponentials of its own
+    bool keep;         // the exponentials of a tile are kept for its gradient
+    int tile;          // rows
+    int64_t tensors;   // the student and the teachers
+    int64_t width;     // of a row in scratch, in floats
+    int64_t blocks;    // of a row
+
+    explicit Plan(const Problem& p) {
+        tensors = 1 + p.teachers;
+        apart = p.ce_weight > 0 && p.temperature != 1;
+        const int64_t fixed = tensors * (sizeof(Measured) + sizeof(Running)) + 4 * block * sizeof(float);
+        const int64_t free = scratch_bytes - fixed - 1024;
+        const int64_t column_bytes = (tensors + 3) * p.classes * W * sizeof(float);
+        width = (p.classes + W - 1) / W * W;
+        blocks = p.classes / block + 2;
+        const int64_t row_bytes = (tensors + apart) * (width + blocks) * sizeof(float);
+        columns = p.classes <= few_classes && column_bytes <= free;
+        keep = p.gradient && row_bytes <= free;
+        tile = W;
+        if (!columns && p.gradient) tile = !keep ? 1 : free / row_bytes < W ? int(free / row_bytes) : W;
+    }
+};
+
+struct Worker {
+    const Problem& p;
+    const Plan plan;
+    const Exponent soft, sharp;  // at the temperature, at 1
+    const float inverse_tau;
+
+    int64_t begin;  // of the tile
+    int rows;
+    Rows row;
+    Measured* tensor;   // [tensors]
+    Running* running;   // [tensors]
+    float *student, *teacher, *gradient, *fresh;  // [block] each
+    float* kept;     // [tile, tensors + apart, width]; of columns: [tensors + 3, classes, W]
+    float* origins;  // [tile, tensors + apart, blocks]: what was subtracted from the logits of a kept block
+
+    Worker(const Problem& problem, char* memory)
+        : p(problem), plan(problem), soft(p.temperature), sharp(1), inverse_tau(float(1 / p.temperature)) {
+        const auto take = [&](int64_t bytes) {
+            char* taken = memory;
+            memory += (bytes + 63) / 64 * 64;
+            return taken;
+        };
+        tensor = (Measured*)take(plan.tensors * sizeof(Measured));
+        running = (Running*)take(plan.tensors * sizeof(Running));
+        student = (float*)take(block * sizeof(float));
+        teacher = (float*)take(block * sizeof(float));
+        gradient = (float*)take(block * sizeof(float));
+        fresh = (float*)take(block * sizeof(float));
+        origins = (float*)take(plan.keep ? plan.tile * (plan.tensors + plan.apart) * plan.blocks * sizeof(float) : 0);
+        kept = (float*)memory;
+    }
+
+    const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
+    float* kept_row(int lane, int64_t j) const { return kept + (lane * (plan.tensors + plan.apart) + j) * plan.width; }
+    float* kept_origins(int lane, int64_t j) const {
+        return origins + (lane * (plan.tensors + plan.apart) + j) * plan.blocks;
+    }
+    // Blocks end where the gradient's flat index is a multiple of 32, so that writes around the cache fill whole lines.
+    int64_t block_end(int64_t n, int64_t from) const {
+        const int64_t end = from + block - (n * p.classes + from) % 32;
+        return end < p.classes ? end : p.classes;
+    }
+
+    int64_t count_blocks(int64_t n) const {
+        int64_t b = 0;
+        for (int64_t from = 0; from < p.classes; from = block_end(n, from)) b++;
+        return b;
+    }
+
+    // The block that begins at column c of row n, or where row n + 1 begins.
+    Ahead ahead(int64_t j, int64_t n, int64_t c) const {
+        const Matrix& m = matrix(j);
+        const int size = m.type == Type::f32 ? 4 : m.type == Type::codes ? 1 : 2;
+        if (c == p.classes) c = 0, n += n + 1 < p.rows;
+        return {(const char*)m.data + (n * m.row_stride + c * m.column_stride) * size, size};
+    }
+
+    void open(int64_t first);
+    void measure_row(int lane);
+    void read_columns(const Matrix& m, float* columns) const;
+    void measure_columns();
+    double weigh();
+    void combine_row(int lane);
+    void combine_columns();
+    double run_tile(int64_t first);
+};
+
+// Which rows count, which teachers teach them, and what has to be looked at.
+void Worker::open(int64_t first) {
+    begin = first;
+    rows = p.rows - first < plan.tile ? int(p.rows - first) : plan.tile;
+    const bool stats = p.student_margin;
+    // Plain loops over the lanes, without a branch inside: the compiler makes vectors of them.
+    clear(row.counts, row.weight);
+    for (int lane = rows; lane < W; lane++) row.label[lane] = -1;
+    for (int lane = 0; lane < rows; lane++) {
+        const int64_t label = p.labels ? p.labels[first + lane] : p.unlabeled_index;
+        row.label[lane] = label == p.unlabeled_index || label == p.ignore_index ? -1 : int32_t(label);
+        row.counts[lane] = label == p.ignore_index ? 0 : 1;
+    }
+    for (int lane = 0; lane < rows; lane++) row.weight[lane] = p.sample_weight ? p.sample_weight[first + lane] : 1;
+    const vi none = {}, label = load_bits<vi>(row.label);
+    const vf one = set(1), zero = {}, counts = load(row.counts);
+    const vf weight = load(row.weight) * counts;
+    const vi alive = weight > 0;
+    const vf cross = (label >= 0) & alive & (none - (p.ce_weight > 0)) ? one : zero;
+    const vf reads_teachers = stats ? counts : alive & (none - (p.kd_weight > 0)) ? one : zero;
+    vf reads_student = stats ? counts : cross;
+    store(row.weight, weight);
+    store(row.cross, cross);
+    const vi margin_label = p.weighting == Weighting::top2_margin ? none - 1 : label;
+    __builtin_memcpy(row.margin_label, &margin_label, sizeof margin_label);
+    for (int64_t k = 0; k < p.teachers; k++) {
+        Measured& t = tensor[1 + k];
+        vf alpha = one;
+        if (p.prior) {
+            const float* const prior = p.prior + (p.prior_per_row ? k * p.rows + first : k);
+            alpha = p.prior_per_row ? load_first(prior, rows, 0) : set(*prior);
+        }
+        store(t.alpha, alpha * reads_teachers);
+        if (p.mask)
+            for (int lane = 0; lane < rows; lane++)
+                if (!p.mask[k * p.rows + first + lane]) t.alpha[lane] = 0;
+        reads_student = load(t.alpha) > 0 ? one : reads_student;
+    }
+    store(row.student, reads_student);
+    // What no step measures is harmless: e^0 alone.
+    for (int64_t j = 0; j < plan.tensors; j++) {
+        store(tensor[j].z, one);
+        clear(tensor[j].d, tensor[j].label, tensor[j].other, tensor[j].factor);
+    }
+    store(row.z, one);
+    clear(row.at_label, row.sum, row.factor, row.everywhere, row.one_hot);
+}
+
+void Worker::measure_row(int lane) {
+    const int64_t n = begin + lane;
+    if (row.student[lane] == 0) return;
+    for (int64_t j = 0; j < plan.tensors; j++) running[j] = {};
+    const bool cross = row.cross[lane] != 0;
+    double cross_z = 0, cross_sum = 0;
+    Running& s = running[0];
+    for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
+        end = block_end(n, from);
+        const int64_t count = end - from;
+        const float* const x = read_block(p.student, n, from, count, student, s.top);
+        const double student_shift = s.rebase(0, soft);
+        if (cross) {
+            if (cross_z != 0) cross_z *= exp(float(student_shift), sharp);
+            cross_sum += student_shift * from;
+        }
+        const auto exponentials = [&](int64_t j, float origin) -> float* {
+            if (!plan.keep) return fresh;
+            kept_origins(lane, j)[b] = origin;
+            return kept_row(lane, j) + from;
+        };
+        s.z += exp_block(x, exponentials(0, s.origin), count, s.origin, soft, ahead(0, n, end));
+        if (cross) {
+            cross_sum += sum_block(x, count, s.origin);
+            if (plan.apart) cross_z += exp_block(x, exponentials(plan.tensors, s.origin), count, s.origin, sharp, ahead(0, n, end));
+        }
+        for (int64_t j = 1; j < plan.tensors; j++) {
+            if (tensor[j].alpha[lane] == 0) continue;
+            Running& t = running[j];
+            const float* const y = read_block(matrix(j), n, from, count, teacher, t.top);
+            t.rebase(student_shift, soft);
+            const Sums sums = divergence_block(y, x, exponentials(j, t.origin), count, t.origin, s.origin, soft, ahead(j, n, end));
+            t.z += sums.z;
+            t.d += sums.d;
+        }
+    }
+    for (int64_t j = 0; j < plan.tensors; j++) {
+        if (j > 0 && tensor[j].alpha[lane] == 0) continue;
+        const Running& t = running[j];
+        tensor[j].z[lane] = t.top.first == -infinity ? nan : float(t.z);
+        tensor[j].d[lane] = float(t.d / p.temperature);
+        const int64_t label = row.margin_label[lane];
+        const float at_label = label < 0 ? t.top.first : read(matrix(j), n, label);
+        tensor[j].label[lane] = at_label - t.top.first;
+        tensor[j].other[lane] = (at_label >= t.top.first ? t.top.second : t.top.first) - t.top.first;
+    }
+    if (cross) {
+        row.z[lane] = plan.apart ? float(cross_z) : tensor[0].z[lane];
+        row.sum[lane] = float(cross_sum);
+        row.at_label[lane] = read(p.student, n, row.label[lane]) - s.top.first;
+    }
+}
+
+// Logits of the tile with the rows across the lanes, [classes, W]. Lanes beyond the last row repeat it.
+void Worker::read_columns(const Matrix& m, float* columns) const {
+    const int64_t classes = p.classes;
+    const float* base = (const float*)m.data + begin * m.row_stride;
+    int64_t row_stride = m.row_stride, column_stride = m.column_stride;
+    if (m.type != Type::f32) {
+        float* const widened = kept + (plan.tensors + 2) * classes * W;
+        for (int lane = 0; lane < rows; lane++) {
+            const float* const x = read(m, begin + lane, 0, classes, student);
+            for (int64_t c = 0; c < classes; c++) widened[lane * classes + c] = x[c];
+        }
+        base = widened;
+        row_stride = classes;
+        column_stride = 1;
+    }
+    int64_t offset[W];
+    for (int lane = 0; lane < W; lane++) offset[lane] = (lane < rows ? lane : rows - 1) * row_stride;
+    for (int64_t c = 0; c < classes; c++)
+        for (int lane = 0; lane < W; lane++) columns[c * W + lane] = base[offset[lane] + c * column_stride];
+}
+
+void Worker::measure_columns() {
+    const int64_t classes = p.classes, size = classes * W;
+    // The student's logits less their maximum come after the exponentials of all.
+    float* const student_a = kept + plan.tensors * size;
+    float* const sharp_e = student_a + size;
+    const vi label = load_bits<vi>(row.margin_label);
+    const vf none = {};
+    // All are read before the first is worked on: a vector cannot be loaded while its lanes are still being stored.
+    for (int64_t j = 0; j < plan.tensors; j++) read_columns(matrix(j), kept + j * size);
+    for (int64_t j = 0; j < plan.tensors; j++) {
+        float* const x = kept + j * size;
+        Measured& t = tensor[j];
+        const vi used = load(j == 0 ? row.student : t.alpha) > 0;
+        vf first = set(-infinity), second = first, at_label = none;
+        for (int64_t c = 0; c < classes; c++) {
+            const vf v = used ? load(x + c * W) : none;
+            second = max(second, min(first, v));
+            first = max(first, v);
+            at_label = label == int(c) ? v : at_label;
+        }
+        at_label = label < 0 ? first : at_label;
+        store(t.label, at_label - first);
+        store(t.other, (at_label >= first ? second : first) - first);
+        vf z = none, d = none, sharp_z = none, total = none, cross_label = none;
+        for (int64_t c = 0; c < classes; c++) {
+            const vf a = used ? load(x + c * W) - first : none, e = exp(a, soft);
+            z += e;
+            store(x + c * W, e);
+            if (j > 0) {
+                d += e != 0 ? e * (a - load(student_a + c * W)) : none;
+                continue;
+            }
+            store(student_a + c * W, a);
+            if (p.ce_weight == 0) continue;
+            total += a;
+            cross_label = load_bits<vi>(row.label) == int(c) ? a : cross_label;
+            if (!plan.apart) continue;
+            const vf sharp_v = exp(a, sharp);
+            sharp_z += sharp_v;
+            store(sharp_e + c * W, sharp_v);
+        }
+        store(t.z, z);
+        store(t.d, d * inverse_tau);
+        if (j == 0) {
+            store(row.z, plan.apart ? sharp_z : z);
+            store(row.sum, total);
+            store(row.at_label, cross_label);
+        }
+    }
+}
+
+// Margins, weights, divergences and what follows from them. Returns the sum of the rows' losses.
+double Worker::weigh() {
+    const vf none = {};
+    const vf counts = load(row.counts), weight = load(row.weight), cross = load(row.cross);
+    const auto write = [&](float* out, vf v) { store(out, v, Part{rows}); };
+    const auto margin = [&](const Measured& t) -> vf {
+        const vf z = load(t.z);
+        if (p.weighting == Weighting::label_nll) return load(t.label) * inverse_tau - log(z);
+        return (exp(load(t.label), soft) - exp(load(t.other), soft)) / z;
+    };
+
+    vf best = set(-infinity);
+    vi chosen = {};  // 0: no teacher yet
+    for (int64_t j = 1; j < plan.tensors; j++) {
+        const vf m = margin(tensor[j]);
+        store(tensor[j].margin, m);
+        // The first of equal ones; NaN, once met, stays.
+        const vi first = chosen == 0, larger = m > best, new_nan = (m != m) & (best == best);
+        const vi better = (load(tensor[j].alpha) > 0) & (first | larger | new_nan);
+        best = better ? m : best;
+        chosen = better ? vi{} + int(j) : chosen;
+    }
+
+    const float beta = float(p.weight_temperature < 1e-30 ? 1e-30 : p.weight_temperature);
+    vf total = none;
+    for (int64_t j = 1; j < plan.tensors; j++) {
+        const vf m = load(tensor[j].margin), alpha = load(tensor[j].alpha);
+        vf mass = alpha;
+        if (p.weight_temperature == 0)
+            mass = chosen == int(j) ? set(1) : none;
+        else if (beta != infinity)
+            mass = alpha * exp(m == best ? none : (m - best) / beta, sharp);
+        mass = alpha > 0 ? mass : none;
+        total += mass;
+        store(tensor[j].weight, mass);
+    }
+
+    const vf scale = weight * p.gradient_scale, taught_scale = scale * (p.kd_weight * float(p.temperature));
+    const vf student_z = load(tensor[0].z);
+    vf divergence = none;
+    for (int64_t j = 1; j < plan.tensors; j++) {
+        Measured& t = tensor[j];
+        const vi teaches = load(t.alpha) > 0;
+        const vf z = load(t.z), w = teaches ? load(t.weight) / total : none;
+        const vf kl = load(t.d) / z + log(student_z / z);
+        divergence += w != 0 ? w * kl : none;
+        if (p.kd_weight > 0) store(t.factor, w != 0 ? taught_scale * w / z : none);
+        if (p.student_margin) {
+            const int64_t at = (j - 1) * p.rows + begin;
+            write(p.weights + at, w);
+            write(p.margins + at, teaches ? load(t.margin) : none);
+            write(p.kd + at, teaches ? kl : none);
+        }
+    }
+    if (p.student_margin) write(p.student_margin + begin, counts != 0 ? margin(tensor[0]) : none);
+
+    vf loss = none;
+    store(tensor[0].factor, none);
+    if (p.kd_weight > 0) {
+        loss = p.kd_weight * float(p.temperature * p.temperature) * divergence;
+        store(tensor[0].factor, chosen != 0 ? taught_scale / student_z : none);
+    }
+    if (p.ce_weight > 0) {
+        const float smoothed = p.label_smoothing / float(p.classes);
+        vf ce = log(load(row.z)) - (1 - p.label_smoothing) * load(row.at_label);
+        if (smoothed > 0) ce -= smoothed * load(row.sum);
+        loss += cross != 0 ? p.ce_weight * ce : none;
+        const vf ce_scale = cross != 0 ? scale * p.ce_weight : none;
+        const vf factor = cross != 0 ? ce_scale / load(row.z) : none;
+        store(row.factor, plan.apart ? factor : none);
+        if (!plan.apart) store(tensor[0].factor, load(tensor[0].factor) + factor);
+        store(row.everywhere, ce_scale * smoothed);
+        store(row.one_hot, ce_scale * (1 - p.label_smoothing));
+    }
+    loss = weight > 0 ? weight * loss : none;
+    if (p.row_loss) write(p.row_loss + begin, loss);
+    double sum = 0;
+    for (int lane = 0; lane < rows; lane++) sum += loss[lane];
+    return sum;
+}
+
+void Worker::combine_row(int lane) {
+    const int64_t n = begin + lane, size = p.gradient_type == Type::f32 ? 4 : 2;
+    char* const out = (char*)p.gradient + n * p.classes * size;
+    if (!(row.weight[lane] > 0)) {
+        __builtin_memset(out, 0, p.classes * size);
+        return;
+    }
+    const int64_t last = plan.keep ? count_blocks(n) - 1 : 0;
+    for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
+        end = block_end(n, from);
+        const int64_t count = end - from;
+        // f(e, factor) with the exponentials e of slot j, which are those of matrix(source).
+        const auto with_exponentials = [&](int64_t j, int64_t source, float factor, const Exponent& exponent, auto f) {
+            if (factor == 0) return;
+            if (plan.keep) {
+                const float* const origin = kept_origins(lane, j);
+                const float shift = origin[b] - origin[last];
+                f(Kept{kept_row(lane, j) + from}, shift == 0 ? factor : factor * exp(shift, exponent));
+            } else {
+                const float* const x = read(matrix(source), n, from, count, teacher);
+                f(Recomputed{x, running[source].origin, exponent, ahead(source, n, end)}, factor);
+            }
+        };
+        bool empty = true;
+        for (int64_t j = 1; j < plan.tensors; j++)
+            with_exponentials(j, j, tensor[j].factor[lane], soft, [&](auto e, float factor) {
+                add_block(gradient, e, factor, count, empty);
+                empty = false;
+            });
+        if (empty) __builtin_memset(gradient, 0, count * sizeof(float));
+        with_exponentials(0, 0, tensor[0].factor[lane], soft, [&](auto e, float factor) {
+            subtract_from_block(gradient, e, factor, count);
+        });
+        with_exponentials(plan.tensors, 0, row.factor[lane], sharp, [&](auto e, float factor) {
+            add_block(gradient, e, factor, count, false);
+        });
+        if (row.cross[lane] != 0) {
+            const float everywhere = row.everywhere[lane];
+            if (everywhere != 0)
+                for (int64_t i = 0; i < count; i++) gradient[i] -= everywhere;
+            const int64_t label = row.label[lane];
+            if (label >= from && label < end) gradient[label - from] -= row.one_hot[lane];
+        }
+        write_block(gradient, out + from * size, p.gradient_type, count, p.stream, (uint16_t*)fresh);
+    }
+}
+
+void Worker::combine_columns() {
+    const int64_t classes = p.classes, size = classes * W;
+    float* const cross_e = kept + (plan.tensors + 1) * size;
+    float* const g = cross_e + size;
+    const vf alive = load(row.weight), none = {};
+    // A factor of 0 takes out what may be NaN.
+    const auto exponentials = [&](int64_t j, int64_t c, vf factor) -> vf {
+        return factor != 0 ? load(kept + j * size + c * W) : none;
+    };
+    for (int64_t c = 0; c < classes; c++) {
+        vf mixture = none;
+        for (int64_t j = 1; j < plan.tensors; j++) {
+            const vf factor = load(tensor[j].factor);
+            mixture = fma(factor, exponentials(j, c, factor), mixture);
+        }
+        const vf factor = load(tensor[0].factor);
+        vf v = factor * exponentials(0, c, factor) - mixture;
+        if (p.ce_weight > 0) {
+            const vf sharp_factor = load(row.factor);
+            if (plan.apart) v = fma(sharp_factor, exponentials(plan.tensors + 1, c, sharp_factor), v);
+            v -= load(row.everywhere);
+            v -= load_bits<vi>(row.label) == int(c) ? load(row.one_hot) : none;
+        }
+        store(g + c * W, alive > 0 ? v : none);
+    }
+    if (p.gradient_type == Type::f32) {
+        float* const out = (float*)p.gradient + begin * classes;
+        for (int lane = 0; lane < rows; lane++)
+            for (int64_t c = 0; c < classes; c++) out[lane * classes + c] = g[c * W + lane];
+    } else {
+        uint16_t* const out = (uint16_t*)p.gradient + begin * classes;
+        for (int64_t c = 0; c < classes; c++) {
+            uint16_t narrow[W];
+            const vu16 v = narrow_bf16(load(g + c * W));
+            __builtin_memcpy(narrow, &v, sizeof v);
+            for (int lane = 0; lane < rows; lane++) out[lane * classes + c] = narrow[lane];
+        }
+    }
+}
+
+double Worker::run_tile(int64_t first) {
+    open(first);
+    if (plan.columns)
+        measure_columns();
+    else
+        for (int lane = 0; lane < rows; lane++) measure_row(lane);
+    const double loss = weigh();
+    if (!p.gradient) return loss;
+    if (plan.columns)
+        combine_columns();
+    else
+        for (int lane = 0; lane < rows; lane++) combine_row(lane);
+    return loss;
+}
+
+int64_t tile_rows(const Problem& p) { return Plan(p).tile; }
+
+double loss_rows(const Problem& p, int64_t begin, int64_t end, char* scratch) {
+    Worker worker(p, scratch);
+    double sum = 0;
+    for (int64_t n = begin; n < end; n += worker.plan.tile) sum += worker.run_tile(n);
+    fence();
+    return sum;
+}
+
+void exp_all(const float* x, float* y, int64_t n) {
+    const Exponent e(1);
+    sweep(n, [&](int64_t i, auto part) { store(y + i, exp(load(x + i, part, 0), e), part); });
+}
+
+}  // namespace

@@ -1,0 +1,106 @@
+// The Python module amtss_fast._cpu. Tensors arrive as addresses, which costs a tenth of what arrays cost; the adapter
+// in amtss_fast/cpu.py keeps them alive and has checked them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core.h"
+
+namespace nb = nanobind;
+using namespace amtss;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernel* const* kernel = supported_kernels(); *kernel; kernel++) names.push_back((*kernel)->name);
+    return names;
+}
+
+// Chosen once, when it is first asked for.
+const Kernel& kernel() {
+    static const Kernel& chosen = [&]() -> const Kernel& {
+        if (const Kernel* found = chosen_kernel()) return *found;
+        std::string has;
+        for (const std::string& name : instruction_sets()) has += (has.empty() ? "" : ", ") + name;
+        throw std::runtime_error("AMTSS_CPU_ISA=" + std::string(std::getenv("AMTSS_CPU_ISA")) +
+                                 " is not among the instruction sets of this machine: " + has);
+    }();
+    return chosen;
+}
+
+// Six numbers per matrix: address, row stride, column stride, type, address of row_max, address of step.
+Matrix matrix(const int64_t* m) {
+    return {pointer<void>(m[0]), m[1], m[2], Type(m[3]), pointer<float>(m[4]), pointer<float>(m[5])};
+}
+
+nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matrices, uintptr_t labels, uintptr_t prior,
+                bool prior_per_row, uintptr_t mask, uintptr_t sample_weight, double temperature,
+                double weight_temperature, double kd_weight, double ce_weight, double label_smoothing, int weighting,
+                int64_t ignore_index, int64_t unlabeled_index, double divisor, uintptr_t gradient, int gradient_type,
+                uintptr_t row_loss, uintptr_t weights, uintptr_t margins, uintptr_t kd, uintptr_t student_margin,
+                uintptr_t loss, int threads) {
+    std::vector<Matrix> logits;
+    for (size_t i = 0; i + 6 <= matrices.size(); i += 6) logits.push_back(matrix(&matrices[i]));
+    Problem p{};
+    p.rows = rows;
+    p.classes = classes;
+    p.teachers = int64_t(logits.size()) - 1;
+    p.student = logits[0];
+    p.teacher = logits.data() + 1;
+    p.labels = pointer<int64_t>(labels);
+    p.prior = pointer<float>(prior);
+    p.prior_per_row = prior_per_row;
+    p.mask = pointer<uint8_t>(mask);
+    p.sample_weight = pointer<float>(sample_weight);
+    p.temperature = temperature;
+    p.weight_temperature = weight_temperature;
+    p.kd_weight = float(kd_weight);
+    p.ce_weight = float(ce_weight);
+    p.label_smoothing = float(label_smoothing);
+    p.weighting = Weighting(weighting);
+    p.ignore_index = ignore_index;
+    p.unlabeled_index = unlabeled_index;
+    p.gradient = pointer<void>(gradient);
+    p.gradient_type = Type(gradient_type);
+    p.row_loss = pointer<float>(row_loss);
+    p.weights = pointer<float>(weights);
+    p.margins = pointer<float>(margins);
+    p.kd = pointer<float>(kd);
+    p.student_margin = pointer<float>(student_margin);
+    Outcome outcome;
+    {
+        nb::gil_scoped_release released;
+        outcome = run(kernel(), p, divisor, pointer<float>(loss), threads);
+    }
+    if (outcome.fault == Fault::none) return nb::none();
+    return nb::make_tuple(int(outcome.fault), outcome.index);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.def("instruction_set", [] { return kernel().name; },
+          "The instruction set in use: the best one, or what AMTSS_CPU_ISA names; RuntimeError if the machine lacks that.");
+    m.def("instruction_sets", &instruction_sets, "The instruction sets of this machine that the kernels know, best first.");
+    m.def("loss", &loss,
+          "Loss, gradient and stats, written to the addresses given. Returns None, or (which tensor, index) of a value "
+          "that is not allowed: 1 labels, 2 teacher_prior, 3 sample_weight.");
+    m.def(
+        "exp",
+        [](uintptr_t x, uintptr_t y, int64_t n, int repeats) {
+            nb::gil_scoped_release released;
+            for (int i = 0; i < repeats; i++) kernel().exp(pointer<float>(x), pointer<float>(y), n);
+        },
+        "y[i] = exp(x[i]) for n floats, several times over: the exponential of the loss by itself.");
+}

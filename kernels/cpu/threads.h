@@ -1,0 +1,12 @@
+// Workers that outlive a call.
+#pragma once
+
+#include <cstdint>
+
+namespace amtss {
+
+// task(context, i) for i in [0, tasks), on this thread and up to threads - 1 others; returns when all are done.
+// Safe to call from several threads at once, and in a child after fork().
+void parallel_for(int64_t tasks, int threads, void (*task)(void* context, int64_t i), void* context);
+
+}  // namespace amtss
