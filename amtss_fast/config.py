@@ -1,0 +1,166 @@
+"""The YAML file of a run: its sections, their defaults, and their checks."""
+
+from __future__ import annotations
+
+import amtss_fast.training_extra  # noqa: F401
+
+# isort: split
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 2e-5 for a string; here it is the number that it looks like."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class _Section(BaseModel):
+    # A misspelt key is an error, never a setting that silently does nothing.
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataConfig(_Section):
+    """What to read, as in :func:`amtss_fast.data.load_data`, and how much of it is labelled."""
+
+    name: str
+    """An embedded set, `xnli`, a file or folder, or a Hub id."""
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = "label"
+    language: str | None = "language"
+    label_names: list[str] | None = None
+    languages: list[str] | None = None
+    splits: list[str] | dict[str, str] | None = None
+    split_column: str | None = "split"
+    language_default: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Taken from the training split where there is no validation split."""
+    labelled_fraction: float = Field(default=1.0, gt=0, le=1)
+    """The share of the training rows whose label the student sees; the others become -1."""
+    max_length: int = Field(default=128, gt=2)
+
+
+class TokenizerConfig(_Section):
+    """Of student and fresh teachers: a folder or Hub id, or a byte-level BPE made from the training texts."""
+
+    path: str | None = None
+    vocab_size: int = Field(default=8000, gt=300)
+
+
+class ModelConfig(_Section):
+    """A model on an encoder: of a folder or Hub id, or fresh, from a configuration with its `model_type`."""
+
+    encoder: str | dict[str, Any]
+    pooling: str = "mean"
+    projection_activation: str = "tanh"
+    classifier: str = "shared"
+    classifier_dropout: float = 0.1
+
+
+class TeacherConfig(_Section):
+    """A teacher: a fine-tuned checkpoint (`path`), or one to train first on the labels of its languages (`model`)."""
+
+    # It names a folder and a place in the log.
+    name: str = Field(pattern=r"^[\w.-]+$")
+    path: str | None = None
+    languages: list[str] | None = None
+    precision: str = "float32"
+    prior: float = 1.0
+    tokenizer: str | None = None
+    label_names: list[str] | None = None
+    model: ModelConfig | None = None
+    training: dict[str, Any] = {}
+    """`AMTSSTrainingArguments` that differ from the run's `teacher_training`."""
+
+
+class RunConfig(_Section):
+    """One run: data, teachers, student, and the folder that it leaves."""
+
+    task: str
+    output_dir: str
+    data: DataConfig
+    student: ModelConfig
+    teachers: list[TeacherConfig] = Field(min_length=1)
+    """At least one; their names differ."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    teacher_training: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    labels_only: bool = False
+    """Also train the same student, for as many steps, on its labelled rows alone."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> RunConfig:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers must have different names, got {names}")
+        for teacher in self.teachers:
+            if (teacher.path is None) == (teacher.model is None):
+                raise ValueError(f"teacher {teacher.name!r} needs either a path or a model to train")
+        return self
+
+
+def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file, or a shipped one by name, and applies `key=value` overrides (`training.num_train_epochs=2`).
+
+    Raises:
+        FileNotFoundError: neither a file nor a shipped name.
+        ValueError: an unknown key, a missing key or a value of the wrong type; the message names each.
+    """
+    path = Path(path_or_name)
+    if not path.is_file() and path.suffix == "":
+        path = SHIPPED / f"{path_or_name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        raise FileNotFoundError(f"no configuration {str(path_or_name)!r}: give a YAML file, or one of {shipped}")
+    values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+        )
+        raise ValueError(f"{path} is not a valid configuration:\n{problems}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"an override must be key=value, got {override!r}")
+    *parents, last = key.split(".")
+    place: Any = values
+    for depth, name in enumerate(parents):
+        if isinstance(place, list):
+            place = _item(place, name, override)
+        elif isinstance(place, dict):
+            place = place.setdefault(name, {})
+        if not isinstance(place, (dict, list)):
+            raise ValueError(f"{override!r}: {'.'.join(parents[: depth + 1])} is {place!r}, not a section")
+    if isinstance(place, list):
+        _item(place, last, override)
+        place[int(last)] = yaml.load(text, _Loader)
+    else:
+        place[last] = yaml.load(text, _Loader)
+
+
+def _item(place: list[Any], name: str, override: str) -> Any:
+    if not name.isdigit() or int(name) >= len(place):
+        raise ValueError(f"{override!r}: {name!r} must be a place in a list of {len(place)}, from 0")
+    return place[int(name)]

@@ -1,0 +1,442 @@
+"""One run from its configuration to its folder: data, teachers, student, evaluation, report.
+
+RUN/config.yaml      what was asked for, in full
+RUN/teachers/NAME/   teachers trained here      RUN/labels-only/   the same student without teachers
+RUN/student/         the student and its tokenizer
+RUN/training/NAME/   checkpoints and TensorBoard logs of each training
+RUN/log.jsonl        the student's training log
+RUN/metrics.json     figures on the test split  RUN/report.html    all of it, with pictures
+"""
+
+from __future__ import annotations
+
+import amtss_fast.training_extra  # noqa: F401
+
+# isort: split
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
+
+from amtss_fast.config import ModelConfig, RunConfig, TeacherConfig
+from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data, split_data
+from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
+from amtss_fast.student import AMTSSForSequenceClassification, load_tokenizer
+from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
+from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
+
+
+def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Carries a run out; returns its folder.
+
+    `resume` goes on where an interrupted run of the same configuration stopped: models that are finished are kept, the
+    one in training continues from its last checkpoint.
+
+    Raises:
+        FileExistsError: the folder is not empty, and neither `overwrite` nor `resume` was asked for.
+        ValueError: `resume` with another configuration; and what the data, the models and the loss find wrong.
+    """
+    folder = Path(config.output_dir)
+    # Wrong training arguments show before anything is written; they also set up the processes of a distributed run.
+    run = _Run(config, folder, resume)
+    run.arguments(STUDENT, config.training)
+    for teacher in config.teachers:
+        run.teacher_arguments(teacher)
+    state = PartialState()
+    if state.is_main_process:
+        _prepare(folder, config, overwrite, resume)
+    state.wait_for_everyone()
+    # Bars for what takes long: training, evaluation, tokenising; none for reading and writing a checkpoint.
+    disable_progress_bar()
+    run.carry_out(state)
+    return folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds all of `text` or what it held before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _prepare(folder: Path, config: RunConfig, overwrite: bool, resume: bool) -> None:
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    file = folder / "config.yaml"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not file.is_file():
+            raise FileExistsError(f"{folder} is not empty and holds no run: choose another output_dir")
+        if not overwrite and not resume:
+            raise FileExistsError(f"{folder} holds a run: choose another output_dir, --resume or --overwrite")
+        if resume and file.read_text(encoding="utf-8") != text:
+            raise ValueError(f"cannot resume {folder}: its config.yaml differs from this configuration")
+        if overwrite:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text)
+
+
+@dataclass
+class _Run:
+    config: RunConfig
+    folder: Path
+    resume: bool
+
+    def carry_out(self, state: PartialState) -> None:
+        started = time.time()
+        seconds: dict[str, float] = {}
+        students: dict[str, AMTSSForSequenceClassification] = {}
+
+        teachers = [self._teacher(teacher) for teacher in self.config.teachers]
+        pool = TeacherPool(teachers, label_names=self.label_names, languages=self.languages, tokenizer=self.tokenizer)
+        seconds["teachers"] = time.time() - started
+
+        started_student = time.time()
+        students[STUDENT], trainer = self._train_student(pool)
+        seconds["student"] = time.time() - started_student
+        if trainer is not None and state.is_main_process:
+            self._write_log(trainer.state.log_history, pool.names)
+
+        if self.config.labels_only:
+            started_baseline = time.time()
+            students[BASELINE] = self._train_labels_only(len(pool))
+            seconds["baseline"] = time.time() - started_baseline
+
+        if not state.is_main_process:
+            return
+        metrics = self._evaluate(pool, students)
+        seconds["total"] = time.time() - started
+        metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
+        write_report(self.folder)
+
+    # What the models stand on.
+
+    @cached_property
+    def data(self) -> DatasetDict:
+        return load_run_data(self.config)
+
+    @cached_property
+    def languages(self) -> list[str]:
+        wanted = self.config.data.languages
+        return list(wanted) if wanted is not None else sorted(set(self.data["train"]["language"]))
+
+    @property
+    def label_names(self) -> list[str]:
+        return list(self.data["train"].features["label"].names)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        path = self.config.tokenizer.path
+        if path is None and isinstance(self.config.student.encoder, str):
+            path = self.config.student.encoder
+        if path is not None:
+            return load_tokenizer(path)
+        train = self.data["train"]
+        texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
+        return train_tokenizer(texts, self.config.tokenizer.vocab_size)
+
+    # The three kinds of training.
+
+    def _teacher(self, teacher: TeacherConfig) -> Teacher:
+        source: str | Path | None = teacher.path
+        if source is None:
+            source = self.folder / "teachers" / teacher.name
+            if not source.is_dir():
+                self._train_teacher(teacher, source)
+        return load_teacher(
+            source,
+            precision=teacher.precision,
+            languages=teacher.languages,
+            prior=teacher.prior,
+            tokenizer=teacher.tokenizer,
+            device=self.arguments(STUDENT, self.config.training).device,
+            label_names=teacher.label_names,
+            name=teacher.name,
+        )
+
+    def _train_teacher(self, teacher: TeacherConfig, target: Path) -> None:
+        assert teacher.model is not None
+        languages = teacher.languages or self.languages
+        model = self._new_model(teacher.model, languages)
+        data = DatasetDict(
+            {split: rows.filter(_in(languages), input_columns="language") for split, rows in self.data.items()}
+        )
+        self._train(model, data, None, self.teacher_arguments(teacher), target)
+
+    def _train_student(self, pool: TeacherPool) -> tuple[AMTSSForSequenceClassification, AMTSSTrainer | None]:
+        target = self.folder / STUDENT
+        if target.is_dir():
+            return AMTSSForSequenceClassification.from_pretrained(target), None
+        model = self._new_model(self.config.student, self.languages)
+        arguments = self.arguments(STUDENT, self.config.training)
+        trainer = self._train(model, self._student_data, pool, arguments, target)
+        return model, trainer
+
+    def _train_labels_only(self, n_teachers: int) -> AMTSSForSequenceClassification:
+        target = self.folder / "labels-only"
+        if target.is_dir():
+            return AMTSSForSequenceClassification.from_pretrained(target)
+        model = self._new_model(self.config.student, self.languages)
+        data = DatasetDict(self._student_data)
+        data["train"] = data["train"].filter(lambda label: label >= 0, input_columns="label")
+        # As many optimiser steps as the student had, on the labelled rows again and again.
+        student = self.arguments(STUDENT, self.config.training)
+        per_step = student.train_batch_size * student.gradient_accumulation_steps * student.world_size
+        steps = int(np.ceil(len(self._student_data["train"]) / per_step) * student.num_train_epochs)
+        options = {**self.config.training, "kd_weight": 0.0, "ce_weight": 1.0}
+        options["max_steps"] = student.max_steps if student.max_steps > 0 else steps
+        self._train(model, data, None, self.arguments(target.name, options), target)
+        return model
+
+    @cached_property
+    def _student_data(self) -> DatasetDict:
+        data = DatasetDict(self.data)
+        data["train"] = keep_labels(data["train"], self.config.data.labelled_fraction, seed=self.config.seed)
+        return data
+
+    def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> AMTSSForSequenceClassification:
+        set_seed(self.config.seed)
+        encoder: Any = model.encoder
+        if isinstance(encoder, dict):
+            options = {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id, **encoder}
+            encoder = AutoConfig.for_model(**options)
+        return AMTSSForSequenceClassification.from_encoder(
+            encoder,
+            languages=languages,
+            id2label=self.label_names,
+            pooling=model.pooling,
+            projection_activation=model.projection_activation,
+            classifier=model.classifier,
+            classifier_dropout=model.classifier_dropout,
+        )
+
+    def arguments(self, name: str, options: dict[str, Any]) -> AMTSSTrainingArguments:
+        """The arguments of one training; its checkpoints go to a folder of its own."""
+        defaults = {"seed": self.config.seed, "dataloader_pin_memory": torch.cuda.is_available()}
+        return AMTSSTrainingArguments(**{**defaults, **options, "output_dir": str(self.folder / "training" / name)})
+
+    def teacher_arguments(self, teacher: TeacherConfig) -> AMTSSTrainingArguments:
+        """A teacher to train learns from labels alone."""
+        labels_alone = {"kd_weight": 0.0, "ce_weight": 1.0}
+        return self.arguments(teacher.name, {**self.config.teacher_training, **teacher.training, **labels_alone})
+
+    def _train(
+        self,
+        model: AMTSSForSequenceClassification,
+        data: DatasetDict,
+        pool: TeacherPool | None,
+        arguments: AMTSSTrainingArguments,
+        target: Path,
+    ) -> AMTSSTrainer:
+        keep_text = pool is not None and pool.needs_text
+        encoded = encode(
+            data,
+            self.tokenizer,
+            languages=model.config.languages,
+            max_length=self.config.data.max_length,
+            keep_text=keep_text,
+        )
+        trainer = AMTSSTrainer(
+            model,
+            arguments,
+            teachers=pool,
+            train_dataset=encoded["train"],
+            eval_dataset=encoded.get("validation"),
+            data_collator=DistillationCollator(self.tokenizer, keep_text=keep_text),
+            processing_class=self.tokenizer,
+        )
+        rows = f"{len(encoded['train']):,} texts in {len(model.config.languages)} languages"
+        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+        if trainer.is_world_process_zero():
+            print(f"\nTraining {target.name}: {rows}, {size}", flush=True)
+        checkpoint = get_last_checkpoint(arguments.output_dir) if self.resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        partial = target.with_name(target.name + ".partial")
+        trainer.save_model(str(partial))
+        if trainer.is_world_process_zero():
+            os.replace(partial, target)
+        trainer.accelerator.wait_for_everyone()
+        return trainer
+
+    # What it was worth.
+
+    def _evaluate(self, pool: TeacherPool, students: dict[str, AMTSSForSequenceClassification]) -> dict[str, Any]:
+        split = "test" if "test" in self.data else "validation"
+        if split not in self.data:
+            raise ValueError(
+                f"nothing to evaluate on: the data has the splits {list(self.data)}, no test or validation"
+            )
+        rows = encode(
+            self.data[split],
+            self.tokenizer,
+            languages=self.languages,
+            max_length=self.config.data.max_length,
+            keep_text=pool.needs_text,
+        )
+        results = evaluate(rows, self.tokenizer, students, pool)
+        return {
+            "task": self.config.task,
+            "languages": self.languages,
+            "label_names": self.label_names,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": {
+                name: version(name) for name in ("amtss-fast", "torch", "transformers", "datasets", "accelerate")
+            },
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device_name()}",
+            "split": split,
+            "test": results,
+            "teacher_languages": {
+                name: [code for code, taught in zip(self.languages, row, strict=True) if taught]
+                for name, row in zip(pool.names, pool.teaches.tolist(), strict=True)
+            },
+            "sizes": {
+                **{name: model.num_parameters() for name, model in students.items()},
+                **{teacher.name: teacher.model.num_parameters() for teacher in pool.teachers},
+            },
+            "config": self.config.model_dump(),
+        }
+
+    def _write_log(self, history: list[dict[str, Any]], teachers: Sequence[str]) -> None:
+        lines = [json.dumps(nest(entry), ensure_ascii=False) for entry in history]
+        write_atomically(self.folder / "log.jsonl", "\n".join(lines) + "\n")
+
+
+def load_run_data(config: RunConfig) -> DatasetDict:
+    """The data of a configuration, with a validation split of its own where it asks for one."""
+    options = config.data.model_dump(exclude={"validation_fraction", "labelled_fraction", "max_length"})
+    if options["revision"] is None:
+        del options["revision"]
+    data = load_data(options.pop("name"), **options)
+    if config.data.validation_fraction and "validation" not in data:
+        parts = split_data(data["train"], validation=config.data.validation_fraction, test=0, seed=config.seed)
+        data = DatasetDict({**data, **parts})
+    return data
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of these texts: [CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    students: dict[str, AMTSSForSequenceClassification],
+    pool: TeacherPool | None = None,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Accuracy and cross entropy per language of students, and of each teacher (`teacher:NAME`) where it teaches.
+
+    `rows`: encoded rows in the students' order of languages.
+    """
+    languages = next(iter(students.values())).config.languages
+    # Long texts first, so that a batch pads little and memory peaks at once.
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    rows = rows.select(np.argsort(-lengths, kind="stable"))
+    collator = DistillationCollator(tokenizer, keep_text=pool is not None and pool.needs_text)
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
+    names = [*students, *(f"{TEACHER}{name}" for name in (pool.names if pool else []))]
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    taught: list[np.ndarray] = []
+    for student in students.values():
+        student.eval()
+    for batch in tqdm(loader, desc="Evaluating"):
+        for name, student in students.items():
+            inputs = {key: value.to(student.device) for key, value in batch.items() if key in _STUDENT_INPUTS}
+            logits[name].append(student(**inputs).logits.float().cpu().numpy())
+        if pool is not None:
+            teacher_logits, mask = pool.logits(batch)
+            taught.append(mask.cpu().numpy())
+            for name, values in zip(pool.names, teacher_logits, strict=True):
+                logits[f"{TEACHER}{name}"].append(values.cpu().numpy())
+    labels, language_ids = np.array(rows["labels"]), np.array(rows["language_ids"])
+    results = {}
+    for name in names:
+        here = np.ones(len(labels), dtype=bool)
+        if pool is not None and name.startswith(TEACHER):
+            here = np.concatenate(taught, axis=1)[pool.names.index(name.removeprefix(TEACHER))]
+        values = np.concatenate(logits[name])[here]
+        results[name] = _nested(classification_metrics(values, labels[here], language_ids[here], languages), languages)
+    return results
+
+
+_STUDENT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "language_ids")
+
+
+def _nested(metrics: dict[str, float], languages: Sequence[str]) -> dict[str, Any]:
+    per_language = {
+        code: {name: metrics[f"{name}_{code}"] for name in ("accuracy", "loss", "count")}
+        for code in languages
+        if f"count_{code}" in metrics
+    }
+    total = sum(values["count"] for values in per_language.values())
+    loss = sum(values["loss"] * values["count"] for values in per_language.values()) / total
+    return {
+        "accuracy": metrics["accuracy"],
+        "macro_accuracy": metrics["macro_accuracy"],
+        "loss": loss,
+        "per_language": per_language,
+    }
+
+
+def nest(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry with its slashed names as mappings: `teacher_weight/NAME/en` becomes `{"teacher_weight": ...}`."""
+    nested: dict[str, Any] = {}
+    for name, value in entry.items():
+        *parents, last = name.split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def _in(languages: Sequence[str]) -> Any:
+    wanted = set(languages)
+    return lambda language: language in wanted
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

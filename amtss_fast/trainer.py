@@ -1,0 +1,274 @@
+"""Distillation in the stock `transformers.Trainer`: its arguments, its loss, and metrics for each language."""
+
+from __future__ import annotations
+
+import amtss_fast.training_extra  # noqa: F401
+
+# isort: split
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from amtss_fast.loss import WEIGHTINGS, AMTSSStats, Weighting, amtss_loss, check_options
+from amtss_fast.student import AMTSSForSequenceClassification
+from amtss_fast.teachers import TeacherPool
+
+IGNORE_INDEX = -100
+"""What the stock loop does not count; the trainer keeps to it."""
+UNLABELED_INDEX = -1
+
+
+@dataclass
+class AMTSSTrainingArguments(TrainingArguments):
+    """`TrainingArguments` and the options of :func:`amtss_fast.amtss_loss`, with the same names and defaults.
+
+    `label_smoothing_factor`, which `TrainingArguments` has, smooths the cross entropy.
+
+    Raises:
+        ValueError: an option outside its range, named in the message.
+    """
+
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of student and teachers, > 0."})
+    weighting: Weighting = field(
+        default="label_margin",
+        metadata={"help": "Margin that weighs the teachers.", "choices": WEIGHTINGS},
+    )
+    weight_temperature: float = field(
+        default=1.0,
+        metadata={"help": "0 takes the max-margin teacher alone, inf takes no notice of margins."},
+    )
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the distillation term, >= 0."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the labels' cross entropy, >= 0."})
+    loss_backend: str | None = field(
+        default=None, metadata={"help": "Backend of the loss; default: the best that runs the tensors."}
+    )
+    # The teachers may need the texts, which the student's forward does not name.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop the columns that the student's forward does not name."}
+    )
+
+    def __post_init__(self) -> None:
+        check_options(
+            temperature=self.temperature,
+            weighting=self.weighting,
+            weight_temperature=self.weight_temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing_factor,
+        )
+        super().__post_init__()
+
+
+class AMTSSTrainer(Trainer):
+    """The stock loop with the loss of :func:`amtss_fast.amtss_loss`.
+
+    Rows of the data hold what :func:`amtss_fast.data.encode` makes: token ids, `language_ids` and `labels` (-1: without
+    a label, -100: dropped). The loss of an optimiser step is the mean over all its rows, however gradient accumulation
+    and processes split them. Evaluation is the labels' cross entropy and :func:`language_metrics`, without teachers.
+
+    Each training log adds, over the rows since the last one, `kd` (mean weighted KL, without temperature²),
+    `teacher_weight/NAME/LANGUAGE`, `teacher_margin/NAME/LANGUAGE` and `student_margin/LANGUAGE`.
+
+    Args:
+        teachers: what distils; None trains on the labels alone (then `kd_weight` must be 0).
+        others: as of `transformers.Trainer`. `compute_metrics` gets `label_ids = (labels, language_ids)`.
+
+    Raises:
+        ValueError: teachers and `kd_weight` that do not fit, languages or labels that differ from the student's.
+    """
+
+    args: AMTSSTrainingArguments
+
+    def __init__(
+        self,
+        model: AMTSSForSequenceClassification,
+        args: AMTSSTrainingArguments,
+        *,
+        teachers: TeacherPool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if (teachers is None) != (args.kd_weight == 0):
+            raise ValueError(
+                f"kd_weight = {args.kd_weight} with teachers = {teachers!r}: distillation needs teachers and "
+                "kd_weight > 0, training on the labels alone needs teachers=None and kd_weight=0"
+            )
+        config = model.config
+        if teachers is not None and teachers.languages != config.languages:
+            raise ValueError(f"teachers are for languages {teachers.languages}, the student has {config.languages}")
+        if teachers is not None and teachers.label_names != config.label_names:
+            raise ValueError(f"teachers are for labels {teachers.label_names}, the student has {config.label_names}")
+        if kwargs.get("compute_metrics") is None:
+            kwargs["compute_metrics"] = lambda prediction: language_metrics(prediction, config.languages)
+        super().__init__(model, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} devices in one process (nn.DataParallel) are not supported: start with "
+                "`torchrun --nproc-per-node N` or `accelerate launch`, or show one device (CUDA_VISIBLE_DEVICES)"
+            )
+        # Evaluation gathers both, so that metrics know the language of each row.
+        self.label_names = ["labels", "language_ids"]
+        # The loss takes `num_items_in_batch`, so the stock loop has to count it and not to divide again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        for stock, short in ((ProgressCallback, _ShortProgress), (PrinterCallback, _ShortPrinter)):
+            if self.pop_callback(stock) is not None:
+                self.add_callback(short)
+        self.teachers = teachers
+        self._meter = None if teachers is None else _Meter(teachers.names, teachers.languages)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The distillation loss in training, the labels' cross entropy in evaluation."""
+        texts = ("text", "text_pair")
+        if not model.training:
+            outputs = model(**{name: value for name, value in inputs.items() if name not in texts})
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        labels, language_ids = inputs["labels"], inputs["language_ids"]
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", *texts)})
+        student_logits = outputs.logits
+        if self.teachers is None:
+            # The loss wants a teacher; with kd_weight 0 nobody looks at it.
+            teacher_logits, mask, prior = student_logits.detach().unsqueeze(0), None, None
+        else:
+            teacher_logits, mask = self.teachers.logits(inputs)
+            prior = self.teachers.prior.to(student_logits.device)
+        loss, stats = amtss_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=self.args.temperature,
+            weighting=self.args.weighting,
+            weight_temperature=self.args.weight_temperature,
+            teacher_prior=prior,
+            teacher_mask=mask,
+            kd_weight=self.args.kd_weight,
+            ce_weight=self.args.ce_weight,
+            label_smoothing=self.args.label_smoothing_factor,
+            ignore_index=IGNORE_INDEX,
+            unlabeled_index=UNLABELED_INDEX,
+            num_items=num_items_in_batch,
+            return_stats=True,
+            backend=self.args.loss_backend,
+        )
+        if self._meter is not None:
+            self._meter.update(stats, language_ids, labels != IGNORE_INDEX)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count is that of all processes, and the mean of their gradients divides once more.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log; training logs get the teachers' weights and margins since the last one."""
+        if self._meter is not None and "loss" in logs:
+            logs.update(self._meter.read(self.accelerator))
+        super().log(logs, start_time)
+
+
+# Figures of single languages: a line each time would bury the rest.
+_OF_A_LANGUAGE = re.compile(r"/|(accuracy|loss|count)_")
+
+
+class _Short:
+    """Prints logs without the figures of single languages; TensorBoard and the log history have them."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        short = {name: value for name, value in (logs or {}).items() if not _OF_A_LANGUAGE.search(name)}
+        super().on_log(args, state, control, logs=short, **kwargs)  # type: ignore[misc]
+
+
+class _ShortProgress(_Short, ProgressCallback):
+    pass
+
+
+class _ShortPrinter(_Short, PrinterCallback):
+    pass
+
+
+class _Meter:
+    """Sums of the loss's statistics by teacher and language, kept on the device until they are read."""
+
+    def __init__(self, teachers: Sequence[str], languages: Sequence[str]) -> None:
+        self._teachers = teachers
+        self._languages = languages
+        self._sums: Tensor | None = None
+
+    def update(self, stats: AMTSSStats, language_ids: Tensor, counts: Tensor) -> None:
+        n_teachers = len(self._teachers)
+        # Rows: count, weighted KL, student's margin, then the teachers' weights and margins.
+        rows = torch.cat(
+            [
+                counts.unsqueeze(0).to(stats.weights.dtype),
+                (stats.weights * stats.kd).where(stats.weights != 0, 0.0).sum(0, keepdim=True),
+                stats.student_margin.unsqueeze(0),
+                stats.weights,
+                stats.margins,
+            ]
+        )
+        if self._sums is None:
+            self._sums = rows.new_zeros(3 + 2 * n_teachers, len(self._languages))
+        self._sums.index_add_(1, language_ids, rows)
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """The means since the last reading, over all processes."""
+        if self._sums is None:
+            return {}
+        sums = accelerator.reduce(self._sums, "sum").double().cpu()
+        self._sums = None
+        counts, n_teachers = sums[0], len(self._teachers)
+        logs = {"kd": float(sums[1].sum() / counts.sum().clamp(min=1))}
+        means = sums / counts.clamp(min=1)
+        for language, code in enumerate(self._languages):
+            if counts[language] == 0:
+                continue
+            logs[f"student_margin/{code}"] = float(means[2, language])
+            for k, name in enumerate(self._teachers):
+                logs[f"teacher_weight/{name}/{code}"] = float(means[3 + k, language])
+                logs[f"teacher_margin/{name}/{code}"] = float(means[3 + n_teachers + k, language])
+        return logs
+
+
+def language_metrics(prediction: EvalPrediction, languages: Sequence[str]) -> dict[str, float]:
+    """`accuracy` over all labelled rows; `accuracy_CODE`, `loss_CODE` (cross entropy, nats) and `count_CODE` of each
+    language with labelled rows; and `macro_accuracy`, the mean over these languages.
+
+    `prediction` has logits [N, C] and `label_ids = (labels [N], language_ids [N])`.
+    """
+    logits: Any = prediction.predictions
+    labels, language_ids = cast(Any, prediction.label_ids)
+    return classification_metrics(logits, labels, language_ids, languages)
+
+
+def classification_metrics(
+    logits: np.ndarray, labels: np.ndarray, language_ids: np.ndarray, languages: Sequence[str]
+) -> dict[str, float]:
+    """See :func:`language_metrics`; ValueError where no row has a label."""
+    known = labels >= 0
+    if not known.any():
+        raise ValueError(f"no labelled row among {len(labels)} to evaluate on")
+    logits, labels, language_ids = logits[known].astype(np.float64), labels[known], language_ids[known]
+    shifted = logits - logits.max(-1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, labels[:, None], -1)[:, 0]
+    right = logits.argmax(-1) == labels
+    metrics = {"accuracy": float(right.mean())}
+    macro = []
+    for index, code in enumerate(languages):
+        rows = language_ids == index
+        if rows.any():
+            macro.append(float(right[rows].mean()))
+            metrics |= {
+                f"accuracy_{code}": macro[-1],
+                f"loss_{code}": float(losses[rows].mean()),
+                f"count_{code}": int(rows.sum()),
+            }
+    return metrics | {"macro_accuracy": float(np.mean(macro))}

@@ -1,0 +1,192 @@
+"""The command line from a configuration to predictions, on a run of a few steps."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amtss_fast.cli import main
+from amtss_fast.config import load_config
+from amtss_fast.run import nest
+
+TINY = "{model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+SHORT = [
+    "data.languages=[en, sw]",
+    "tokenizer.vocab_size=600",
+    f"student.encoder={TINY}",
+    *(f"teachers.{k}.model.encoder={TINY}" for k in range(3)),
+    "teachers.0.languages=[en]",
+    "teachers.1.languages=[sw]",
+    "teachers.2.languages=[en, sw]",
+    *(f"{section}.{setting}" for section in ("training", "teacher_training") for setting in (
+        "max_steps=6", "disable_tqdm=true", "use_cpu=true", "logging_steps=2", "learning_rate=1e-2",
+    )),
+    "training.eval_steps=2",
+    "training.save_steps=2",
+    "training.save_total_limit=3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    assert main(["--trace", "train", "demo", f"output_dir={folder}", *SHORT]) == 0
+    return folder
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_run_folder(run: Path) -> None:
+    metrics = read(run / "metrics.json")
+    assert set(metrics["test"]) == {"student", "labels only", "teacher:west", "teacher:east", "teacher:south"}
+    for result in metrics["test"].values():
+        assert 0 < result["accuracy"] < 1
+    counts = [result["count"] for result in metrics["test"]["student"]["per_language"].values()]
+    assert sum(counts) == 1188
+    assert list(metrics["test"]["teacher:west"]["per_language"]) == ["en"]
+    assert metrics["test"]["student"] != metrics["test"]["labels only"]
+    logs = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    weights = [log["teacher_weight"] for log in logs if "teacher_weight" in log]
+    assert len(weights) == 3
+    assert weights[0]["west"]["sw"] == 0
+    assert 0 < weights[0]["south"]["sw"] < 1
+    assert "<svg" in (run / "report.html").read_text()
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_run_is_not_overwritten_by_accident(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "demo", f"output_dir={run}", *SHORT]) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert main(["train", "demo", f"output_dir={run}", *SHORT, "seed=1", "--resume"]) == 2
+    assert "differs from this configuration" in capsys.readouterr().err
+    (run.parent / "other").mkdir()
+    (run.parent / "other" / "thesis.txt").write_text("mine")
+    assert main(["train", "demo", f"output_dir={run.parent / 'other'}", *SHORT, "--overwrite"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_resumes_to_the_same_student(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / run.name
+    shutil.copytree(run, copy)
+    for lost in ("student", "labels-only", "training/student/checkpoint-6"):
+        shutil.rmtree(copy / lost)
+    (copy / "metrics.json").unlink()
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(str(run), str(copy)))
+    assert main(["train", str(config), "--resume"]) == 0
+    assert (copy / "student/model.safetensors").read_bytes() == (run / "student/model.safetensors").read_bytes()
+    assert read(copy / "metrics.json")["test"] == read(run / "metrics.json")["test"]
+
+
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == read(run / "metrics.json")["test"]["student"]
+    assert main(["evaluate", str(run)]) == 0
+    assert "sw" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--split", "dev"]) == 2
+    assert "--split dev: the data has train, validation, test" in capsys.readouterr().err
+
+
+def test_predict(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a red apple\nthe rain\n"))
+    assert main(["predict", str(run), "--language", "en"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in answers] == ["a red apple", "the rain"]
+    assert answers[0]["probabilities"][answers[0]["label"]] == answers[0]["score"]
+    assert sum(answers[0]["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "mvua", "language": "sw"}\n{"text": "apple"}\n')
+    assert main(["predict", str(run), str(file), "--jsonl", "--language", "en"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["language"] for answer in answers] == ["sw", "en"]
+    assert main(["predict", str(run), str(file), "--jsonl"]) == 2
+    assert "line 2: no language" in capsys.readouterr().err
+
+
+def test_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "report.html").read_bytes()
+    assert main(["report", str(run)]) == 0
+    assert "labels only" in capsys.readouterr().out
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "backend reference ready" in out
+    assert "torch" in out
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "report", "doctor"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nothing"], "no configuration 'nothing': give a YAML file, or one of demo, xnli"),
+        (["train", "demo", "student.pooling"], "an override must be key=value, got 'student.pooling'"),
+        (["train", "demo", "teachers.7.name=a"], "'7' must be a place in a list of 3"),
+        (["train", "demo", "seed.x=1"], "seed is 0, not a section"),
+        (["train", "demo", "data.langages=[en]"], "data.langages: Extra inputs are not permitted"),
+        (["train", "demo", "data.labelled_fraction=0"], "data.labelled_fraction: Input should be greater than 0"),
+        (["train", "demo", "teachers.0.name=a/b"], "teachers.0.name: String should match"),
+        (["train", "demo", "training.temperature=-1"], "temperature must be positive and finite, got -1"),
+        (["train", "demo", "training.learning_rat=1"], "unexpected keyword argument 'learning_rat'"),
+    ],
+)
+def test_wrong_configurations(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[1] == "demo":
+        arguments = [*arguments, f"output_dir={tmp_path / 'run'}"]
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_look_like_numbers_are_numbers() -> None:
+    config = load_config("demo", ["training.learning_rate=2e-5", "training.weight_temperature=.inf"])
+    assert config.training["learning_rate"] == 2e-5
+    assert config.training["weight_temperature"] == float("inf")
+
+
+def test_nest() -> None:
+    assert nest({"step": 1, "w/a/en": 0.5, "w/b/en": 0.25}) == {"step": 1, "w": {"a": {"en": 0.5}, "b": {"en": 0.25}}}
+
+
+def test_the_package_needs_torch_and_numpy_only() -> None:
+    script = """
+import sys
+before = set(sys.modules)
+import torch
+torch_needs = {name.partition(".")[0] for name in set(sys.modules) - before}
+import amtss_fast
+heavy = {"transformers", "datasets", "accelerate", "pyarrow", "matplotlib", "yaml", "pydantic", "triton"}
+print(sorted(heavy & {name.partition(".")[0] for name in sys.modules} - torch_needs))
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "datasets" else real(name, package)
+try:
+    amtss_fast.AMTSSTrainer
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[]", "the training half needs datasets: pip install 'amtss-fast[train]'"]
