@@ -6,13 +6,27 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels -type f -not -name '*.py')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint ctest sanitize bench clean
 
 demo: $(VENV)/.train
 	$(BIN)/amtss-fast demo
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test lint ctest
 	$(BIN)/python -m pytest
+
+# The C++ core by itself, on every instruction set of this machine.
+CORE := -DAMTSS_PYTHON=OFF -DAMTSS_TESTS=ON
+ctest: $(VENV)/.test
+	$(BIN)/cmake -S . -B build/ctest $(CORE) > build/ctest.log
+	$(BIN)/cmake --build build/ctest --parallel 2 >> build/ctest.log
+	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+sanitize: $(VENV)/.test
+	for kind in address,undefined thread; do \
+		$(BIN)/cmake -S . -B build/$$kind $(CORE) -DAMTSS_SANITIZE=$$kind && \
+		$(BIN)/cmake --build build/$$kind --parallel 2 && \
+		$(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
+	done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     config = load_config(options.run / "config.yaml", options.overrides)
     folder = options.run / "student"
-    student = AMTSSForSequenceClassification.from_pretrained(folder)
+    student = AMTSSForSequenceClassification.from_pretrained(folder, device_map=_device())
     tokenizer = load_tokenizer(folder)
     data = load_run_data(config)
     if options.split not in data:
@@ -156,7 +156,7 @@ def _predict(options: argparse.Namespace) -> None:
     from amtss_fast.student import AMTSSForSequenceClassification
 
     folder = options.run / "student" if (options.run / "student").is_dir() else options.run
-    student = AMTSSForSequenceClassification.from_pretrained(folder)
+    student = AMTSSForSequenceClassification.from_pretrained(folder, device_map=_device())
     # Enough rows at once that sorting by length pays, few enough that the first answers come soon.
     for rows in _chunks(_read_rows(options), 32 * options.batch_size):
         paired = [row["text_pair"] is not None for row in rows]
@@ -176,6 +176,12 @@ def _predict(options: argparse.Namespace) -> None:
                 "probabilities": {name: round(p, 6) for name, p in prediction.probabilities.items()},
             }
             print(json.dumps(answer, ensure_ascii=False), flush=True)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _read_rows(options: argparse.Namespace) -> Iterator[dict[str, str | None]]:
@@ -216,6 +222,10 @@ def _doctor(options: argparse.Namespace) -> None:
         print(f"{'GPU':14} none that torch can use")
     for name in ops.BACKENDS:
         print(f"backend {name:9} {ops.why_missing(name) or 'ready'}")
+    if ops.why_missing("cpu") is None:
+        from amtss_fast import cpu
+
+        print(f"{'CPU kernel':17} {cpu.instruction_set()}")
     if importlib.util.find_spec("transformers") is None:
         print("training half   missing: pip install 'amtss-fast[train]'")
 

@@ -90,7 +90,7 @@ def amtss_loss(
         num_items: divides the sum in place of the number of rows that count (for gradient accumulation and data
             parallelism); only with reduction="mean". A number or a 0-d tensor.
         return_stats: also return :class:`AMTSSStats`, at no second pass.
-        backend: "cpu", "reference", or None for the best that runs these tensors.
+        backend: "cpu", "triton", "reference", or None for the best that runs these tensors.
 
     Returns:
         The loss, 0-d or [N], in float32 (float64 for float64 logits); with `return_stats` also the stats.

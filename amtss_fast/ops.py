@@ -28,10 +28,11 @@ _SCHEMA = """amtss_loss(
 # The module of each backend. A backend is a module with `why_missing`, `why_not` and `amtss_loss`.
 BACKENDS = {
     "cpu": "amtss_fast.cpu",
+    "triton": "amtss_fast._triton",
     "reference": "amtss_fast.reference",
 }
 # What `backend=None` tries, best first.
-_PREFERENCE = {"cpu": ("cpu", "reference")}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -43,6 +44,7 @@ def why_missing(name: str) -> str | None:
     return reason
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None, got {name!r}")
@@ -217,6 +219,9 @@ class _AMTSSLoss(torch.autograd.Function):
         ctx.save_for_backward(grad)
         ctx.student_dtype = student_logits.dtype
         ctx.n_inputs = 1 + len(args)
+        need_stats = args[-2]
+        if not need_stats:
+            return (loss,)
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
 
@@ -231,6 +236,12 @@ class _AMTSSLoss(torch.autograd.Function):
 
 def _scale(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Grad [N, C] times grad_loss ([] or [N]), without a second [N, C] buffer where that is safe."""
+    # With retain_graph the saved gradient is needed again.
+    kept = not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph()
+    if _scales_on_device(grad, grad_loss):
+        out = torch.empty_like(grad, dtype=dtype) if kept or dtype != grad.dtype else grad
+        scaled: Tensor = _module("triton").scale_gradient(grad, grad_loss, out)
+        return scaled
     scale = grad_loss.to(grad.dtype)
     if scale.dim() == 1:
         scale = scale.unsqueeze(-1)
@@ -238,16 +249,24 @@ def _scale(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
         return (grad * scale).to(dtype)
     if scale.dim() == 0 and scale.device.type == "cpu" and scale.item() == 1.0:
         return grad
-    # With retain_graph the saved gradient is needed again.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * scale
-    return grad.mul_(scale)
+    return grad * scale if kept else grad.mul_(scale)
+
+
+def _scales_on_device(grad: Tensor, grad_loss: Tensor) -> bool:
+    # A kernel of our own sees there that the factor is 1, as in loss.backward(), and leaves the gradient alone.
+    return (
+        grad.is_cuda
+        and grad.dtype != torch.float64
+        and grad_loss.dim() == 0
+        and not torch.compiler.is_compiling()
+        and why_missing("triton") is None
+    )
 
 
 def run(student_logits: Tensor, *args: Any, need_stats: bool, backend: str | None) -> tuple[Tensor, ...]:
-    """The loss and the four stats. `args`: the operator's from `teacher_logits` to `reduction`."""
+    """The loss, and with `need_stats` the four stats. `args`: the operator's from `teacher_logits` to `reduction`."""
     if torch.is_grad_enabled() and student_logits.requires_grad:
         outputs: tuple[Tensor, ...] = _AMTSSLoss.apply(student_logits, *args, True, need_stats, backend)
         return outputs
     loss, _, *stats = torch.ops.amtss_fast.amtss_loss(student_logits, *args, False, need_stats, backend)
-    return loss, *stats
+    return (loss, *stats) if need_stats else (loss,)

@@ -56,7 +56,7 @@ class Result:
     stats: AMTSSStats
 
     def parts(self) -> dict[str, Tensor]:
-        return {"loss": self.loss, "grad": self.grad, **self.stats._asdict()}
+        return {name: t.cpu() for name, t in {"loss": self.loss, "grad": self.grad, **self.stats._asdict()}.items()}
 
 
 def make_case(
@@ -74,23 +74,26 @@ def make_case(
     **options: Any,
 ) -> Case:
     """Random logits; the first and last class among the labels, some rows ignored, some without a label."""
-    g = torch.Generator().manual_seed(seed)
-    common = torch.randn(n, c, generator=g)
-    student = (spread * (common + torch.randn(n, c, generator=g))).to(dtype)
-    teacher_dtypes = teacher_dtypes or [dtype] * k
-    teachers = [(spread * (common + torch.randn(n, c, generator=g))).to(d) for d in teacher_dtypes]
-    labels = torch.randint(c, (n,), generator=g)
-    labels[: n // 8 + 1] = 0
-    labels[n // 8 + 1 : n // 4 + 1] = c - 1
-    if special_rows:
-        labels[2::7] = IGNORED
-        labels[3::5] = UNLABELED
-    if masked:
-        options["teacher_mask"] = torch.rand(k, n, generator=g) < 0.6
-        options["teacher_prior"] = torch.rand(k, n, generator=g) * (torch.rand(k, n, generator=g) < 0.8)
-    if weighted:
-        options["sample_weight"] = torch.rand(n, generator=g) * (torch.rand(n, generator=g) < 0.8)
-    return Case(student, list(teachers), labels, options)
+    # Drawn on the CPU, so that every device sees the same numbers.
+    with torch.device("cpu"):
+        g = torch.Generator().manual_seed(seed)
+        common = torch.randn(n, c, generator=g)
+        student = (spread * (common + torch.randn(n, c, generator=g))).to(dtype)
+        teacher_dtypes = teacher_dtypes or [dtype] * k
+        teachers = [(spread * (common + torch.randn(n, c, generator=g))).to(d) for d in teacher_dtypes]
+        labels = torch.randint(c, (n,), generator=g)
+        labels[: n // 8 + 1] = 0
+        labels[n // 8 + 1 : n // 4 + 1] = c - 1
+        if special_rows:
+            labels[2::7] = IGNORED
+            labels[3::5] = UNLABELED
+        if masked:
+            options["teacher_mask"] = torch.rand(k, n, generator=g) < 0.6
+            options["teacher_prior"] = torch.rand(k, n, generator=g) * (torch.rand(k, n, generator=g) < 0.8)
+        if weighted:
+            options["sample_weight"] = torch.rand(n, generator=g) * (torch.rand(n, generator=g) < 0.8)
+        case = Case(student, list(teachers), labels, options)
+    return case.to(str(torch.get_default_device()))
 
 
 def assert_within_budget(actual: Result, case: Case, grad_output: Tensor | None = None) -> None:

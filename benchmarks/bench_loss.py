@@ -1,0 +1,146 @@
+"""Forward + backward of the loss on the GPU or else the CPU, beside plain torch and torch.compile of the same formula.
+
+    python benchmarks/bench_loss.py                        the named cases
+    python benchmarks/bench_loss.py --grid                 K in 1 to 16, C in 2 to 250,002
+    python benchmarks/bench_loss.py --case 1024,4,5000     N, K, C and, if you like, a dtype
+    python benchmarks/bench_loss.py --json FILE --csv FILE --picture FILE
+
+Every case first checks that the rivals agree. Times are medians of interleaved runs with their quartiles. GB/s counts
+each logit read once and each gradient written once. The floor is the larger of these bytes at the speed of a copy and
+one exponential per logit at the speed of the kernel's own exponential in cache. Memory is the peak beyond the inputs
+and the gradient. On a GPU times lie between events of the device, the floor is the bytes alone, and Liger-Kernel's KL
+joins in at K = 1 if it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from cases import (
+    NAMED,
+    Case,
+    Limits,
+    check_agreement,
+    default_device,
+    grid,
+    machine,
+    measure_limits,
+    peak_memory,
+    rivals,
+    step,
+    time_interleaved,
+)
+
+Row = dict[str, str | int | float]
+
+
+def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[Row]:
+    """One row of figures for each rival."""
+    student, teachers, labels = case.inputs(default_device())
+    if student.is_cuda and case.k == 1 and importlib.util.find_spec("liger_kernel") is not None:
+        names = [*names, "liger"]
+    losses = rivals(names)
+    check_agreement(losses, student, teachers, labels)
+    runs = {name: lambda f=loss_fn: step(f, student, teachers, labels) for name, loss_fn in losses.items()}
+    timings = time_interleaved(runs, seconds)
+    rows: list[Row] = []
+    for name, timing in timings.items():
+        student.grad = None
+        memory = peak_memory(runs[name]) - student.nbytes
+        rows.append(
+            {
+                "case": str(case),
+                "rival": name,
+                "median_ms": timing.median * 1e3,
+                "low_ms": timing.low * 1e3,
+                "high_ms": timing.high * 1e3,
+                "runs": timing.runs,
+                "gb_per_s": case.bytes / timing.median / 1e9,
+                "floor_ratio": timing.median / limits.floor(case),
+                "times_native": timing.median / timings["native"].median,
+                "memory_mb": max(0, memory) / 1e6,
+            }
+        )
+    return rows
+
+
+def draw(rows: list[Row], about: dict[str, str | int], path: Path) -> None:
+    """Times over the floor of each case, a bar for each rival."""
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(str(row["case"]) for row in rows))
+    names = list(dict.fromkeys(str(row["rival"]) for row in rows))
+    figure = Figure(figsize=(9, 1 + 0.5 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        own = [row for row in rows if row["rival"] == name]
+        places = [cases.index(str(row["case"])) + i / (len(names) + 1) for row in own]
+        axes.barh(places, [float(row["floor_ratio"]) for row in own], height=0.9 / (len(names) + 1), label=name)
+    axes.set_yticks([i + (len(names) - 1) / (len(names) + 1) / 2 for i in range(len(cases))], cases)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("time / floor")
+    axes.set_title(f"{about.get('gpu', about['cpu'])}, torch {about['torch']}, {str(about['date'])[:10]}")
+    axes.legend()
+    figure.savefig(path)
+
+
+def parse_case(text: str) -> Case:
+    n, k, c, *dtype = text.split(",")
+    return Case(int(n), int(k), int(c), getattr(torch, dtype[0]) if dtype else torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=parse_case, action="append", metavar="N,K,C[,DTYPE]")
+    parser.add_argument("--grid", action="store_true", help="K and C over their range")
+    parser.add_argument("--rivals", default="native,torch,compile", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="for each case (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--picture", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    names = args.rivals.split(",")
+    if "native" not in names:
+        parser.error("--rivals must name native: the others are compared with it")
+
+    torch.set_num_threads(args.threads)
+    limits = measure_limits()
+    about = machine()
+    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    print(f"copy: {limits.bytes_per_second / 1e9:.1f} GB/s")
+    print(f"exp: {limits.exponentials_per_second / 1e9:.1f} billion/s\n")
+    columns = ("rival", "median ms", "25 %", "75 %", "GB/s", "/floor", "/native", "MB")
+    print(f"{'case':32}", *(f"{column:>9}" for column in columns))
+    rows: list[Row] = []
+    for case in args.case or (grid() if args.grid else NAMED):
+        for row in bench(case, names, limits, args.seconds):
+            rows.append(row)
+            figures = (f"{value:9.3f}" for key, value in row.items() if isinstance(value, float))
+            print(f"{row['case']:32} {row['rival']:>9}", *figures, flush=True)
+
+    if args.json:
+        document = {
+            "machine": about,
+            "copy_bytes_per_s": limits.bytes_per_second,
+            "exp_per_s": limits.exponentials_per_second,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+    if args.picture:
+        draw(rows, about, args.picture)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*about, *rows[0]])
+            writer.writeheader()
+            writer.writerows({**about, **row} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

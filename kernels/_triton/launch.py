@@ -1,0 +1,364 @@
+"""Tensors to launches: where the teachers lie, which regime, which configuration."""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amtss_fast._triton.common import kernel
+from amtss_fast._triton.stream import (
+    STUDENT_FACTORS,
+    STUDENT_FIELDS,
+    TEACHER_FACTORS,
+    TEACHER_FIELDS,
+    chunk_gradient,
+    chunk_statistics,
+    join_chunks,
+)
+from amtss_fast._triton.tile import fused_tile
+from amtss_fast.ops import Outputs, gradient_dtype
+
+# Types of logits, in the order of their numbers in a kernel.
+KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
+# Teachers whose pointers are arguments of a kernel. More of them lie in one stack, or in a table.
+SLOTS = 8
+# Elements of a tile of several rows, the longest row that is a tile of its own, and the chunk of a longer one.
+TILE, LONGEST, CHUNK = 512, 8192, 2048
+# Elements of a tile per thread: twice as many would need twice the registers, and halve what a multiprocessor holds.
+PER_THREAD = 8
+# Up to here a tile has several rows.
+FEW_CLASSES = 128
+
+
+class Config(NamedTuple):
+    """How a kernel is cut: the tile of one program, its threads, and the registers that each may take."""
+
+    rows: int
+    classes: int
+    threads: int
+    registers: int
+
+
+class Layout(NamedTuple):
+    """How memory is walked, see :mod:`amtss_fast._triton.common`."""
+
+    # Elements that are moved at once; 0: any strides.
+    group: int
+    # Elements before a row that a tile may begin at.
+    slack: int
+
+
+def choose_config(n_classes: int, slack: int) -> Config:
+    """The default configuration for rows of `n_classes`; a row that is longer than `classes` is cut into chunks."""
+    classes = triton.next_power_of_2(n_classes)
+    if classes <= FEW_CLASSES:
+        # A row per thread where rows are short: with fewer the labels, as large as two logits, are read several times.
+        rows = 64 if classes <= 16 else TILE // classes
+        return Config(rows, classes, 64, 192 if classes == 16 else 128)
+    classes = triton.next_power_of_2(n_classes + slack)
+    if classes > LONGEST:
+        # Twice the elements per thread: what belongs to the row is read again by every warp.
+        return Config(1, CHUNK, CHUNK // (2 * PER_THREAD), 168)
+    if classes == LONGEST:
+        # A program of 1,024 threads has 64 registers for each, a few too few.
+        return Config(1, classes, classes // (2 * PER_THREAD), 128)
+    return Config(1, classes, max(32, classes // PER_THREAD), 80)
+
+
+def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
+    """The fastest way to walk all of `tensors` [N, C] in step."""
+    several = n_classes <= FEW_CLASSES
+    if any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
+        return Layout(0, 0)
+    # A sector of memory in the narrowest type; a group of a wider one takes several.
+    group = 32 // min(t.element_size() for t in tensors)
+    positions = {(t.data_ptr() // t.element_size() % group, t.stride(0) % group) for t in tensors}
+    if len(positions) > 1:
+        return Layout(1, 0)
+    ((offset, stride),) = positions
+    if several:
+        # Every tile begins where a group does, if the first does and its rows fill groups.
+        rows, classes, *_ = choose_config(n_classes, 0)
+        slack = group - 1 if offset or rows * n_classes % group else 0
+        return Layout(group, slack) if rows * (classes - n_classes) >= slack else Layout(1, 0)
+    slack = group - 1 if offset or stride else 0
+    return Layout(group, slack)
+
+
+@kernel
+def write_table(table, entries, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        tl.store(table + i, entries[i])
+
+
+def teacher_arguments(teachers: Sequence[Tensor]) -> dict[str, Any]:
+    """The arguments from which a kernel finds each teacher."""
+    n_teachers, first = len(teachers), teachers[0]
+    numbers = [list(KINDS).index(t.dtype) for t in teachers]
+    uniform = len({t.stride() for t in teachers}) == 1
+    slots, stack, table = list(teachers[:SLOTS]), 0, None
+    if uniform and n_teachers > SLOTS and (step := _stack_stride(teachers)):
+        slots[0] = first.as_strided((n_teachers, *first.shape), (step, *first.stride()))
+        stack = step * first.element_size()
+    elif n_teachers > SLOTS or not uniform:
+        # Written by a kernel from its arguments: a copy from the host would wait, and could not be captured in a graph.
+        entries = [(t.data_ptr(), *t.stride(), number) for t, number in zip(teachers, numbers, strict=True)]
+        entries += entries[-1:] * (triton.next_power_of_2(n_teachers) - n_teachers)
+        table = torch.empty(4 * len(entries), dtype=torch.int64, device=first.device)
+        write_table[(1,)](table, tuple(x for entry in entries for x in entry), COUNT=4 * len(entries))
+    slots += slots[-1:] * (SLOTS - len(slots))
+    return {
+        **{f"t{k}": slot for k, slot in enumerate(slots)},
+        "teacher_table": table,
+        "teacher_stack": stack,
+        "teacher_row_stride": first.stride(0),
+        "teacher_class_stride": first.stride(1),
+        "teacher_kinds": sum(number << 2 * k for k, number in enumerate(numbers[:SLOTS])),
+        "TEACHER": list(KINDS.values())[numbers[0]] if len(set(numbers)) == 1 else "mixed",
+    }
+
+
+def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
+    """Elements from one teacher to the next, if they are the layers of one tensor."""
+    first, second = teachers[0], teachers[1]
+    step = second.storage_offset() - first.storage_offset()
+    for k, t in enumerate(teachers):
+        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or t.dtype != first.dtype:
+            return None
+        if t.storage_offset() != first.storage_offset() + k * step:
+            return None
+    return step if step > 0 else None
+
+
+class Launch(NamedTuple):
+    """One kernel with its arguments, by name."""
+
+    kernel: Any
+    programs: int
+    threads: int
+    registers: int
+    arguments: dict[str, Any]
+
+    def options(self, warp_size: int, backend: str) -> dict[str, Any]:
+        # Fused multiplications and additions round the student's side and the teachers' differently: where they are
+        # equal, the gradient would not be exactly 0.
+        options = {"num_warps": max(1, self.threads // warp_size), "enable_fp_fusion": False}
+        return options | ({"maxnreg": self.registers} if backend == "cuda" else {})
+
+    def run(self) -> None:
+        options = self.options(*device_kind())
+        kernel = self.kernel
+        if os.environ.get("AMTSS_AUTOTUNE") == "1":
+            kernel = _tunable(kernel)
+            options = {"enable_fp_fusion": False}
+        kernel[(self.programs,)](**self.arguments, **options)
+
+
+@cache
+def device_kind() -> tuple[int, str]:
+    """Threads of a warp on this machine, and Triton's name of its backend."""
+    if not torch.cuda.is_available():
+        return 32, "cuda"
+    return torch.cuda.get_device_properties().warp_size, "hip" if torch.version.hip else "cuda"
+
+
+@cache
+def _tunable(jitted: Any) -> Any:
+    configs = [triton.Config({}, num_warps=warps) for warps in (1, 2, 4, 8, 16)]
+    return triton.autotune(configs, key=["n_classes", "n_teachers"])(jitted)
+
+
+def plan(layout: Layout, n_teachers: int, arguments: dict[str, Any]) -> list[Launch]:
+    """The launches for [N, C]: one where a row fits on chip, else chunks, their union, and the gradient."""
+    n_rows, n_classes = arguments["n_rows"], arguments["n_classes"]
+    config = choose_config(n_classes, layout.slack)
+    n_chunks = 1 if config.rows > 1 else triton.cdiv(n_classes + layout.slack, config.classes)
+    arguments |= {
+        "GROUP": layout.group,
+        "ROWS": config.rows,
+        "CLASSES": config.classes,
+        "TEACHERS": triton.next_power_of_2(n_teachers),
+    }
+
+    def launch(jitted: Any, programs: int, threads: int = config.threads) -> Launch:
+        own = {name: arguments[name] for name in jitted.arg_names}
+        return Launch(jitted, programs, threads, config.registers, own)
+
+    if n_chunks == 1:
+        return [launch(fused_tile, triton.cdiv(n_rows, config.rows))]
+    new = arguments["row_loss"].new_empty
+    arguments |= {
+        "n_chunks": n_chunks,
+        "CHUNKS": triton.next_power_of_2(n_chunks),
+        "fields": new((STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks)),
+        "factors": new((STUDENT_FACTORS.value + n_teachers * TEACHER_FACTORS.value, n_rows)),
+    }
+    launches = [launch(chunk_statistics, n_rows * n_chunks), launch(join_chunks, n_rows, 32)]
+    if arguments["grad"] is not None:
+        launches.append(launch(chunk_gradient, n_rows * n_chunks))
+    return launches
+
+
+def prepare(
+    student_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
+    teacher_row_max: Sequence[Tensor | None],
+    teacher_step: Sequence[Tensor | None],
+    labels: Tensor | None,
+    teacher_prior: Tensor | None,
+    teacher_mask: Tensor | None,
+    sample_weight: Tensor | None,
+    num_items: Tensor | None,
+    temperature: float,
+    weighting: str,
+    weight_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    unlabeled_index: int,
+    reduction: str,
+    need_grad: bool,
+    need_stats: bool,
+) -> tuple[list[Launch], Outputs, Tensor | None]:
+    """The launches that compute the loss; the outputs, with the loss of each row in place of the loss; the divisor."""
+    n_rows, n_classes = student_logits.shape
+    n_teachers = len(teacher_logits)
+    new = student_logits.new_empty
+    row_loss = new(n_rows, dtype=torch.float32)
+    grad = new((n_rows, n_classes) if need_grad else (0,), dtype=gradient_dtype(student_logits))
+    per_teacher = (n_teachers, n_rows) if need_stats else (0,)
+    weights, margins, kd = (new(per_teacher, dtype=torch.float32) for _ in range(3))
+    student_margin = new(n_rows if need_stats else 0, dtype=torch.float32)
+
+    divisor = None
+    if reduction == "mean":
+        divisor = _divisor(student_logits, labels, num_items, ignore_index)
+    launches: list[Launch] = []
+    if n_rows > 0:
+        prior = _prior(teacher_prior, teacher_mask, n_teachers, n_rows)
+        # float32 knows no smaller beta, and no larger one.
+        choice = "hard" if weight_temperature < 2.0**-126 else "flat" if weight_temperature >= 2.0**128 else "soft"
+        arguments = {
+            **teacher_arguments(teacher_logits),
+            "student": student_logits,
+            "row_stride": student_logits.stride(0),
+            "class_stride": student_logits.stride(1),
+            "STUDENT": KINDS[student_logits.dtype],
+            "scales": _scales(teacher_row_max, teacher_step),
+            "labels": None if labels is None else labels.contiguous(),
+            "prior": prior,
+            "prior_stride_k": 0 if prior is None else prior.stride(0),
+            "prior_stride_n": 0 if prior is None else prior.stride(1),
+            "sample_weight": None if sample_weight is None else sample_weight.contiguous(),
+            "divisor": divisor,
+            "row_loss": row_loss,
+            "grad": grad if need_grad else None,
+            "weights": weights if need_stats else None,
+            "margins": margins if need_stats else None,
+            "kd": kd if need_stats else None,
+            "student_margin": student_margin if need_stats else None,
+            "n_rows": n_rows,
+            "n_classes": n_classes,
+            # Teachers that are neither learnt from nor asked about are not read.
+            "n_teachers": n_teachers if kd_weight > 0 or need_stats else 0,
+            "ignore_index": ignore_index,
+            "unlabeled_index": unlabeled_index,
+            "exponent": 1 / (temperature * math.log(2)),
+            "temperature": temperature,
+            "weight_temperature": weight_temperature,
+            "kd_weight": kd_weight,
+            "ce_weight": ce_weight,
+            "label_smoothing": label_smoothing,
+            "WEIGHTING": weighting,
+            "CHOICE": choice,
+            "CE": ce_weight > 0 and labels is not None,
+        }
+        layout = choose_layout(n_classes, [student_logits, *teacher_logits, *([grad] if need_grad else [])])
+        launches = plan(layout, n_teachers, arguments)
+    return launches, (row_loss, grad, weights, margins, kd, student_margin), divisor
+
+
+def amtss_loss(
+    student_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
+    teacher_row_max: Sequence[Tensor | None],
+    teacher_step: Sequence[Tensor | None],
+    labels: Tensor | None,
+    teacher_prior: Tensor | None,
+    teacher_mask: Tensor | None,
+    sample_weight: Tensor | None,
+    num_items: Tensor | None,
+    temperature: float,
+    weighting: str,
+    weight_temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    unlabeled_index: int,
+    reduction: str,
+    need_grad: bool,
+    need_stats: bool,
+) -> Outputs:
+    """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`. Nothing here waits for the device."""
+    with torch.cuda.device_of(student_logits):
+        launches, (loss, *others), divisor = prepare(
+            student_logits,
+            teacher_logits,
+            teacher_row_max,
+            teacher_step,
+            labels,
+            teacher_prior,
+            teacher_mask,
+            sample_weight,
+            num_items,
+            temperature,
+            weighting,
+            weight_temperature,
+            kd_weight,
+            ce_weight,
+            label_smoothing,
+            ignore_index,
+            unlabeled_index,
+            reduction,
+            need_grad,
+            need_stats,
+        )
+        for launch in launches:
+            launch.run()
+    if reduction != "none":
+        loss = loss.sum() if divisor is None else loss.sum() / divisor
+    grad, weights, margins, kd, student_margin = others
+    return loss, grad, weights, margins, kd, student_margin
+
+
+def _divisor(student_logits: Tensor, labels: Tensor | None, num_items: Tensor | None, ignore_index: int) -> Tensor:
+    """What divides a mean, 0-d on the device: counted there, because a number on the host would wait for it."""
+    if num_items is not None:
+        return num_items.float()
+    if labels is None:
+        return student_logits.new_full((), max(len(student_logits), 1), dtype=torch.float32)
+    return (labels != ignore_index).sum().clamp(min=1).float()
+
+
+def _prior(teacher_prior: Tensor | None, teacher_mask: Tensor | None, n_teachers: int, n_rows: int) -> Tensor | None:
+    """Prior and mask as one [K, N]: a teacher that does not teach a row has the prior 0."""
+    if teacher_prior is None:
+        return teacher_mask
+    prior = teacher_prior.reshape(n_teachers, -1).expand(n_teachers, n_rows)
+    return prior if teacher_mask is None else prior.where(teacher_mask, 0)
+
+
+def _scales(row_max: Sequence[Tensor | None], step: Sequence[Tensor | None]) -> Tensor | None:
+    """row_max and step of all teachers, [2, K, N] and small; None if none is quantised."""
+    given = next((t for t in row_max if t is not None), None)
+    if given is None:
+        return None
+    return torch.stack([given.new_zeros(given.shape) if t is None else t.float() for t in (*row_max, *step)])

@@ -1,0 +1,266 @@
+"""Rows of any length: statistics of chunks, their union per row, and one gradient pass over the same chunks.
+
+A chunk of a row is one program, so that a few long rows fill a device as well as many do. Each logit is read once for
+the loss and once more for the gradient. What lies between is a few numbers per chunk and teacher, each relative to the
+largest logit of its own chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from amtss_fast._triton.common import (
+    LN2,
+    admit,
+    columns_of,
+    kernel,
+    load_tile,
+    locate_teacher,
+    margin_of,
+    place_tile,
+    read_prior,
+    read_row_inputs,
+    read_scales,
+    stand_out,
+    store_tile,
+)
+
+# Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), largest rest, and for the cross entropy
+# sum exp2(b tau), sum b and its number of classes;
+STUDENT_FIELDS = tl.constexpr(6)
+# then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), largest rest.
+TEACHER_FIELDS = tl.constexpr(4)
+# Fields of a row, [N] each: for the student the maximum and the factors of exp2(b), exp2(b tau), and of the target;
+STUDENT_FACTORS = tl.constexpr(4)
+# then for each teacher its maximum and the factor of exp2(a).
+TEACHER_FACTORS = tl.constexpr(2)
+
+
+@kernel
+def chunk_statistics(
+    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, prior, fields,
+    row_stride: tl.int64, class_stride: tl.int64,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    prior_stride_k: tl.int64, prior_stride_n: tl.int64,
+    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
+    ignore_index: tl.int64, unlabeled_index: tl.int64, exponent: tl.float32, temperature: tl.float32,
+    WEIGHTING: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    GROUP: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    teachers = (
+        t0, t1, t2, t3, t4, t5, t6, t7,
+        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
+    )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) // n_chunks
+    chunk = tl.program_id(0) % n_chunks
+    tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
+    _, _, _, _, inside, _ = tile
+    counts, target, _, weight = read_row_inputs(labels, None, row, n_rows, n_classes, ignore_index, unlabeled_index)
+    if WEIGHTING == "top2_margin":
+        target = target * 0 - 1
+    plane = n_rows * n_chunks
+    out = fields + row * n_chunks + chunk
+
+    source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
+    s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
+    top = tl.max(s, 0)
+    _, rest = stand_out(s, top, start, target)
+    # A chunk may hold nothing but -inf while the row does not.
+    b = (s - tl.where(top == float("-inf"), 0.0, top)) * exponent
+    tl.store(out, top)
+    tl.store(out + plane, tl.sum(tl.exp2(b), 0))
+    tl.store(out + 2 * plane, rest)
+    if CE:
+        tl.store(out + 3 * plane, tl.sum(tl.exp2(b * temperature), 0))
+        tl.store(out + 4 * plane, tl.sum(tl.where(inside, b, 0.0), 0))
+        tl.store(out + 5 * plane, tl.sum(inside.to(tl.float32), 0))
+    out += STUDENT_FIELDS * plane
+
+    for k in range(n_teachers):
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
+        row_max, step = read_scales(scales, k, row, counts, n_rows, n_teachers)
+        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
+        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
+        top = tl.max(t, 0)
+        _, rest = stand_out(t, top, start, target)
+        a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent
+        e = tl.exp2(a)
+        tl.store(out, top)
+        tl.store(out + plane, tl.sum(e, 0))
+        tl.store(out + 2 * plane, tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0))
+        tl.store(out + 3 * plane, rest)
+        out += TEACHER_FIELDS * plane
+
+
+@triton.jit
+def join_margins(rests, held, tops, top, at_label, target):
+    """What :func:`stand_out` finds in a whole row, from its chunks."""
+    labelled = target >= 0
+    rest = tl.max(tl.load(rests, held, other=float("-inf")), 0)
+    largest = tops == top
+    second = tl.maximum(rest, tl.max(tl.where(largest, float("-inf"), tops), 0))
+    second = tl.where(tl.sum(largest.to(tl.int32), 0) > 1, top, second)
+    return tl.where(labelled, at_label, top), tl.where(labelled, rest, second)
+
+
+@kernel
+def join_chunks(
+    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, prior, sample_weight, divisor,
+    fields, factors, row_loss, weights, margins, kd, student_margin,
+    row_stride: tl.int64, class_stride: tl.int64,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    prior_stride_k: tl.int64, prior_stride_n: tl.int64,
+    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
+    ignore_index: tl.int64, unlabeled_index: tl.int64,
+    exponent: tl.float32, temperature: tl.float32, weight_temperature: tl.float32,
+    kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
+    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
+):  # fmt: skip
+    teachers = (
+        t0, t1, t2, t3, t4, t5, t6, t7,
+        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
+    )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    counts, target, invalid, weight = read_row_inputs(
+        labels, sample_weight, row, n_rows, n_classes, ignore_index, unlabeled_index
+    )
+    labelled = target >= 0
+    # Of the row itself only the label's logit is read: a tile of one element.
+    at_label = (row, 0, row, tl.maximum(target, 0), row < n_rows, 1)
+    compared = target
+    if WEIGHTING == "top2_margin":
+        compared = target * 0 - 1
+    plane = n_rows * n_chunks
+    chunks = tl.arange(0, CHUNKS)
+    held = counts & (chunks < n_chunks)  # [CHUNKS]
+    into_s = fields + row * n_chunks + chunks
+
+    source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
+    s_label, _ = load_tile(source, counts & labelled, at_label, n_classes, STUDENT, 0)
+    tops = tl.load(into_s, held, other=float("-inf"))
+    top_s = tl.max(tops, 0)
+    g = (tops - top_s) * exponent
+    total_s = tl.sum(tl.load(into_s + plane, held, other=0) * tl.exp2(g), 0)
+    log_total_s = tl.log2(total_s)
+    if student_margin is not None:
+        own, rest = join_margins(into_s + 2 * plane, held, tops, top_s, s_label, compared)
+        margin = margin_of(own, rest, top_s, total_s, exponent, WEIGHTING)
+        tl.store(student_margin + row, tl.where(counts, margin, 0.0))
+
+    mass = 0.0
+    best = float("-inf")
+    divergence = 0.0
+    ks = tl.arange(0, TEACHERS)
+    shares = tl.zeros((TEACHERS,), tl.float32)
+    totals = shares + 1
+    into = into_s + STUDENT_FIELDS * plane
+    for k in range(n_teachers):
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
+        row_max, step = read_scales(scales, k, row, counts, n_rows, n_teachers)
+        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
+        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        t_label, _ = load_tile(source, (alpha > 0) & labelled, at_label, n_classes, TEACHER, 0)
+        tops = tl.load(into, held, other=float("-inf"))
+        top = tl.max(tops, 0)
+        f = (tops - top) * exponent
+        e = tl.exp2(f)
+        part = e * tl.load(into + plane, held, other=0)
+        total = tl.sum(part, 0)
+        kl = e * tl.load(into + 2 * plane, held, other=0) + part * (f - g)
+        kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
+        kl = LN2 * (kl + (log_total_s - tl.log2(total)))
+        own, rest = join_margins(into + 3 * plane, held, tops, top, t_label, compared)
+        margin = margin_of(own, rest, top, total, exponent, WEIGHTING)
+        into += TEACHER_FIELDS * plane
+
+        share, keep, best = admit(margin, alpha, best, mass, weight_temperature, CHOICE)
+        mass = mass * keep + share
+        # A weight of 0 takes out an infinite divergence too.
+        divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
+        shares = shares * keep + tl.where(ks == k, share, 0.0)
+        totals = tl.where(ks == k, total, totals)
+        tl.store(factors + (STUDENT_FACTORS + TEACHER_FACTORS * k) * n_rows + row, top)
+        if weights is not None:
+            tl.store(margins + k * n_rows + row, tl.where(alpha > 0, margin, 0.0))
+            tl.store(kd + k * n_rows + row, tl.where(alpha > 0, kl, 0.0))
+
+    inverse = tl.where(mass == 0, 0.0, 1 / mass)
+    shares = tl.where(shares == 0, 0.0, shares * inverse)
+    if weights is not None:
+        tl.store(weights + ks * n_rows + row, shares, ks < n_teachers)
+
+    loss = tl.where(kd_weight > 0, kd_weight * temperature * temperature * divergence * inverse, 0.0)
+    alive = counts & (weight > 0)
+    factor = tl.where(invalid, float("nan"), weight)
+    if divisor is not None:
+        factor = factor / tl.load(divisor)
+    factor = tl.where(alive, factor, 0.0)
+    if CE:
+        total = tl.sum(tl.load(into_s + 3 * plane, held, other=0) * tl.exp2(g * temperature), 0)
+        sizes = tl.load(into_s + 5 * plane, held, other=0)
+        sums = tl.load(into_s + 4 * plane, held, other=0) + sizes * g
+        mean = tl.sum(tl.where(sizes > 0, sums, 0.0), 0) / n_classes
+        ce = (1 - label_smoothing) * (tl.log2(total) - temperature * (s_label - top_s) * exponent)
+        ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
+        loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
+        ce_factor = tl.where(labelled, ce_weight * factor, 0.0)
+        tl.store(factors + 2 * n_rows + row, tl.where(ce_factor == 0, 0.0, (1 / total) * ce_factor))
+        tl.store(factors + 3 * n_rows + row, ce_factor)
+    loss = tl.where(invalid, float("nan"), loss)
+    tl.store(row_loss + row, tl.where(alive, weight * loss, 0.0))
+
+    kd_factor = kd_weight * temperature * factor
+    kd_factor = tl.where((mass == 0) & (invalid == 0), 0.0, kd_factor)
+    tl.store(factors + row, top_s)
+    # The same order of operations for student and teachers: where they are equal, the gradient is exactly 0.
+    tl.store(factors + n_rows + row, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
+    shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares / totals * kd_factor))
+    at = (STUDENT_FACTORS + TEACHER_FACTORS * ks + 1) * n_rows + row
+    tl.store(factors + at, shares, ks < n_teachers)
+
+
+@kernel
+def chunk_gradient(
+    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, factors, grad,
+    row_stride: tl.int64, class_stride: tl.int64,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
+    exponent: tl.float32, temperature: tl.float32, label_smoothing: tl.float32,
+    CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    GROUP: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    teachers = (
+        t0, t1, t2, t3, t4, t5, t6, t7,
+        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
+    )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) // n_chunks
+    chunk = tl.program_id(0) % n_chunks
+    tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
+    top = tl.load(factors + row)
+    kd_factor = tl.load(factors + n_rows + row)
+    ce_factor = kd_factor
+    wanted = kd_factor != 0
+    if CE:
+        ce_factor = tl.load(factors + 3 * n_rows + row)
+        wanted |= ce_factor != 0
+    source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
+    s, start = load_tile(source, wanted, tile, n_classes, STUDENT, GROUP)
+    b = (s - top) * exponent
+    g = tl.where(kd_factor == 0, 0.0, tl.exp2(b) * kd_factor)
+    for k in range(n_teachers):
+        at = factors + (STUDENT_FACTORS + TEACHER_FACTORS * k) * n_rows + row
+        top = tl.load(at)
+        factor = tl.load(at + n_rows)
+        row_max, step = read_scales(scales, k, row, factor != 0, n_rows, n_teachers)
+        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
+        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        t, start = load_tile(source, factor != 0, tile, n_classes, TEACHER, GROUP)
+        e = tl.exp2((t - top) * exponent) * factor
+        g -= tl.where(factor == 0, 0.0, e)
+    if CE:
+        label = tl.load(labels + row).to(tl.int32)
+        smoothed = tl.where(columns_of(s, start) == label, 1 - label_smoothing, 0.0) + label_smoothing / n_classes
+        e = tl.exp2(b * temperature) * tl.load(factors + 2 * n_rows + row)
+        g += tl.where(ce_factor == 0, 0.0, e - ce_factor * smoothed)
+    store_tile(grad, g, tile, n_classes, GROUP)

@@ -1,0 +1,279 @@
+"""The Triton kernels: no access out of bounds, every output written, few compilations, lean code.
+
+That they compute the right thing is tested in test_loss.py, on a GPU or in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import Case, assert_within_budget, make_case
+
+from amtss_fast import amtss_loss, ops
+
+pytest.importorskip("triton", reason="the Triton kernels need the package triton")
+if ops.why_missing("triton") is not None:
+    pytest.skip("the Triton kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from amtss_fast import _triton
+from amtss_fast._triton import launch
+
+ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# One of each regime: tiles of several rows (a full and an incomplete one), a row per tile, chunks of a row; rows that
+# begin anywhere in a group.
+SHAPES = [(64, 3, 2), (67, 5, 3), (9, 65, 2), (5, 301, 3), (3, 8201, 2)]
+
+
+def fenced(t: torch.Tensor, fence: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`t` in the middle of a buffer that holds `fence` on both sides; and the buffer."""
+    margin = 4096 // t.element_size()
+    buffer = torch.full((t.numel() + 2 * margin,), fence, dtype=t.dtype, device=t.device)
+    buffer[margin : margin + t.numel()] = t.flatten()
+    return buffer[margin : margin + t.numel()].view(t.shape), buffer
+
+
+@pytest.fixture
+def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """Every tensor that the launcher allocates is NaN throughout, and lies between fences that must stay."""
+    buffers: list[torch.Tensor] = []
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plain = empty(self, *args, **kwargs)
+        # Triton's interpreter makes empty tensors of its own.
+        if plain.numel() == 0:
+            return plain
+        inner, buffer = fenced(plain.fill_(float("nan")), 12345.0)
+        buffers.append(buffer)
+        return inner
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield buffers
+    for buffer in buffers:
+        margin = 4096 // buffer.element_size()
+        assert (buffer[:margin] == 12345.0).all(), "written before an output"
+        assert (buffer[-margin:] == 12345.0).all(), "written beyond an output"
+
+
+@pytest.mark.parametrize(("n", "c", "k"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stays_within_its_buffers(fences: list[torch.Tensor], n: int, c: int, k: int, dtype: torch.dtype) -> None:
+    case = make_case(n, c, k, dtype=dtype, masked=True, weighted=True, ce_weight=0.5, label_smoothing=0.1)
+    # NaN around the inputs: what is read there does not stay hidden.
+    nan = float("nan")
+    student, teachers = fenced(case.student, nan)[0], [fenced(t, nan)[0] for t in case.teachers]
+    options = {name: fenced(o, nan)[0] if torch.is_tensor(o) and o.is_floating_point() else o
+               for name, o in case.options.items()}  # fmt: skip
+    result = Case(student, teachers, case.labels, options).run("triton")
+    assert len(fences) >= 6
+    for name, got in result.parts().items():
+        assert got.isfinite().all(), f"{name} was not written, or was computed from what lies around the inputs"
+    assert_within_budget(result, case)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), SHAPES)
+@pytest.mark.parametrize("weighting", ["label_margin", "label_nll"])
+def test_impossible_labels_make_their_rows_nan(
+    monkeypatch: pytest.MonkeyPatch, weighting: str, n: int, c: int, k: int
+) -> None:
+    # As on a GPU without AMTSS_DEBUG, where looking at labels would wait for the device.
+    monkeypatch.setattr(ops, "_values_are_free", lambda tensor: False)
+    case = make_case(n, c, k, special_rows=False, ce_weight=0.5, weighting=weighting, reduction="none")
+    clean = case.run("triton")
+    bad = torch.tensor([0, n - 1], device=case.labels.device)
+    case.labels[bad] = torch.tensor([c, 2**62], device=case.labels.device)
+    dirty = case.run("triton")
+    others = torch.ones(n, dtype=torch.bool, device=case.labels.device)
+    others[bad] = False
+    assert dirty.loss[bad].isnan().all()
+    assert dirty.grad[bad].isnan().all()
+    assert torch.equal(dirty.loss[others], clean.loss[others])
+    assert torch.equal(dirty.grad[others], clean.grad[others])
+
+
+@pytest.mark.parametrize("c", [3, 40, 301, 8201])
+def test_codes_are_read_as_they_are(c: int) -> None:
+    """8-bit teachers beside others, against the same logits in float32."""
+    case = make_case(11, c, 3, masked=True, ce_weight=0.5)
+    codes = torch.randint(0, 256, (11, c), dtype=torch.uint8)
+    row_max, step = torch.randn(11), torch.rand(11) / 10
+    logits = (row_max.unsqueeze(-1) - step.unsqueeze(-1) * codes).where(codes != 255, float("-inf"))
+    arguments = (
+        case.labels, None, case.options["teacher_mask"], None, None,
+        2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, -100, -1, "mean", True, True,
+    )  # fmt: skip
+    for teachers in ([codes] * 3, [case.teachers[0], codes, case.teachers[2].bfloat16()]):
+        quantized = [t.dtype == torch.uint8 for t in teachers]
+        scales = [[s if q else None for q in quantized] for s in (row_max, step)]
+        plain = [logits if q else t.float() for q, t in zip(quantized, teachers, strict=True)]
+        got = _triton.amtss_loss(case.student, teachers, *scales, *arguments)
+        want = _triton.amtss_loss(case.student, plain, [], [], *arguments)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("c", [3, 301])
+def test_more_teachers_than_arguments(c: int) -> None:
+    """Beyond the pointers that fit into the arguments, teachers lie in one stack or in a table: the same numbers."""
+    case = make_case(10, c, 11, masked=True)
+    stacked = Case(case.student, torch.stack(case.teachers), case.labels, case.options)
+    separate, stack = case.run("triton"), stacked.run("triton")
+    for a, b in zip(separate.parts().values(), stack.parts().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert_within_budget(separate, case)
+    arguments = launch.teacher_arguments(list(stacked.teachers))
+    assert arguments["teacher_table"] is None
+    assert arguments["teacher_stack"] == case.student.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+def test_the_gradient_is_scaled_in_place(dtype: torch.dtype, factor: float) -> None:
+    grad = torch.randn(5, 1001).to(dtype)
+    expected = grad * factor
+    same = grad.clone()
+    assert _triton.scale_gradient(same, torch.tensor(factor), same) is same
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    torch.testing.assert_close(same, expected, rtol=0 if factor == 1.0 else torch.finfo(dtype).eps, atol=0)
+    other = torch.full_like(grad, float("nan"), dtype=torch.float16)
+    _triton.scale_gradient(grad, torch.tensor(factor), other)
+    torch.testing.assert_close(other.float(), (grad.float() * factor).half().float())
+
+
+def test_float64_is_refused() -> None:
+    case = make_case(4, 3, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run .* student_logits is torch.float64"):
+        case.run("triton")
+
+
+# Compilations, and what compilers say: in a process of its own, because the interpreter replaces the compiler.
+
+
+def run_compiling(script: str) -> str:
+    """What `script` prints in a process where the kernels are compilable."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shapes_do_not_recompile() -> None:
+    """N, C within a tile, strides, alignment and the number of teachers change; Triton's key of a binary does not."""
+    script = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+import gpu_static
+from amtss_fast._triton import launch
+from amtss_fast._triton.tile import fused_tile
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+def key(planned):
+    kernel = planned.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**planned.arguments, **planned.options(32, "cuda"))
+    return kernel.fn.__name__, str(specialization), str(options)
+
+def keys(cases):
+    return {key(p) for n, c, k in cases for p in plan(n, c, k)}
+
+def plan(n, c, k, offset=0):
+    flat = torch.empty(offset + n * c)[offset:]
+    student = flat.view(n, c)
+    labels = torch.zeros(n, dtype=torch.int64)
+    return launch.prepare(
+        student, [torch.empty(n, c) for _ in range(k)], [], [], labels, None, None, None, None,
+        2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, -100, -1, "mean", True, False)[0]
+
+print(len(keys([(n, 3, k) for n in (1, 7, 16, 64, 1000) for k in (5, 6, 7, 8)])))
+print(len(keys([(n, c, 3) for n in (1, 2, 16, 33) for c in (1600, 1616, 1999, 2001)])))
+print(len(keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)])))
+"""
+    tiles, rows, chunks = map(int, run_compiling(script).split())
+    assert tiles == 1
+    assert rows == 1
+    # Three kernels, one of which knows how many chunks a row has, to a power of two.
+    assert chunks <= 4
+
+
+def test_static_bars() -> None:
+    """No spills, everything fits, 16-byte loads of rows on chip and of chunks, each logit once per kernel."""
+    script = """
+import gpu_static, json, torch
+f32, bf16, u8 = torch.float32, torch.bfloat16, torch.uint8
+cases = [(3, f32, f32), (100, bf16, bf16), (1024, f32, f32), (5000, f32, f32), (5000, bf16, bf16), (250_002, f32, f32)]
+found = [gpu_static.examine(p, target)._asdict() | {"c": c, "item": s.itemsize} for c, s, t in cases
+         for p in gpu_static.launches(c, s, t) for target in ("sm_90", "gfx942")]
+found += [gpu_static.examine(p, target)._asdict() | {"c": c, "item": 4} for c in (3, 5000, 250_002)
+          for p in gpu_static.launches(c, f32, f32, full=False) for target in ("sm_80", "sm_100", "sm_120")]
+print(json.dumps(found))
+"""
+    for s in json.loads(run_compiling(script)):
+        where = f"{s['kernel']} {s['config']} on {s['target']}"
+        assert s["spill_bytes"] == 0, where
+        assert s["fits_shared"], where
+        if s["kernel"] == "join_chunks":
+            continue
+        if s["c"] > launch.FEW_CLASSES:
+            assert s["load_bits"] == 128, where
+        assert s["read_bytes_per_logit"] == s["item"], where
+        if s["kernel"] != "chunk_statistics":
+            assert s["written_bytes_per_logit"] == s["item"], where
+
+
+def test_static_table_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "static.json"
+    script = f"""
+import sys, gpu_static
+gpu_static.TYPES, gpu_static.CLASSES = gpu_static.TYPES[:1], [3, 250_002]
+sys.argv = ["gpu_static.py", "--targets", "sm_80", "--json", {str(path)!r}]
+gpu_static.main()
+"""
+    printed = run_compiling(script)
+    assert "predicted milliseconds" in printed
+    names = {"kernel", "config", "target", "registers", "spill_bytes", "shared_bytes", "fits_shared", "load_bits"}
+    rows = json.loads(path.read_text())
+    assert {row["kernel"] for row in rows} == {"fused_tile", "chunk_statistics", "join_chunks", "chunk_gradient"}
+    assert all(names < row.keys() and row["source"] == "predicted" for row in rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize(("n", "c", "k"), SHAPES)
+def test_in_a_cuda_graph_without_synchronisation(n: int, c: int, k: int) -> None:
+    case = make_case(n, c, k, masked=True, ce_weight=0.5)
+    student = case.student.requires_grad_()
+
+    def step() -> torch.Tensor:
+        student.grad = None
+        loss = amtss_loss(student, case.teachers, case.labels, backend="triton", **case.options)
+        loss.backward()
+        return loss.detach()
+
+    expected, expected_grad = step(), student.grad
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(loss, expected)
+    assert torch.equal(student.grad, expected_grad)
