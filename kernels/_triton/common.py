@@ -5,7 +5,7 @@ first so that with few of them a thread holds whole rows and reduces them withou
 is [ROWS]. With one row a tile is [CLASSES], and what belongs to the row is a scalar. A tile is moved
 
 - packed: a stretch of memory (one row, a chunk of one, or several rows that lie next to each other) in groups of GROUP
-  elements, a sector of 32 bytes or several, aligned. The stretch then begins up to GROUP - 1 elements before the row,
+  elements, 16 bytes or a multiple, aligned. The stretch then begins up to GROUP - 1 elements before the row,
   and only elements of incomplete groups are moved one by one. Several rows are dealt out through shared memory;
 - or, with GROUP = 0, element by element with any strides.
 """
@@ -30,7 +30,11 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @triton.jit
 def locate_teacher(k, teachers):
-    """Address, row stride, class stride (elements) and kind of teacher k: from the arguments, or from the table."""
+    """Address, row stride, class stride (elements) and kind of teacher k.
+
+    The first eight addresses are arguments. Further ones follow in a stack, or are in the table, as are strides and
+    kinds where the teachers' strides differ.
+    """
     t0, t1, t2, t3, t4, t5, t6, t7, stack_stride, row_stride, class_stride, kinds, table = teachers
     if table is not None:
         address = tl.load(table + 4 * k)
@@ -39,14 +43,15 @@ def locate_teacher(k, teachers):
         kind = tl.load(table + 4 * k + 3).to(tl.int32)
     else:
         address = t0.to(tl.int64) + k * stack_stride
-        address = tl.where(k == 1, t1.to(tl.int64), address)
-        address = tl.where(k == 2, t2.to(tl.int64), address)
-        address = tl.where(k == 3, t3.to(tl.int64), address)
-        address = tl.where(k == 4, t4.to(tl.int64), address)
-        address = tl.where(k == 5, t5.to(tl.int64), address)
-        address = tl.where(k == 6, t6.to(tl.int64), address)
-        address = tl.where(k == 7, t7.to(tl.int64), address)
         kind = (kinds >> (2 * k)) & 3
+    address = tl.where(k == 0, t0.to(tl.int64), address)
+    address = tl.where(k == 1, t1.to(tl.int64), address)
+    address = tl.where(k == 2, t2.to(tl.int64), address)
+    address = tl.where(k == 3, t3.to(tl.int64), address)
+    address = tl.where(k == 4, t4.to(tl.int64), address)
+    address = tl.where(k == 5, t5.to(tl.int64), address)
+    address = tl.where(k == 6, t6.to(tl.int64), address)
+    address = tl.where(k == 7, t7.to(tl.int64), address)
     return address, row_stride, class_stride, kind
 
 
@@ -70,7 +75,7 @@ def read_row_inputs(labels, sample_weight, rows, n_rows, n_classes, ignore_index
 
 @triton.jit
 def read_prior(priors, k, rows, counts):
-    """Alpha [ROWS] of teacher k; 0: it does not teach this row."""
+    """The prior of teacher k; 0: it does not teach this row."""
     prior, stride_k, stride_n = priors
     alpha = counts.to(tl.float32)
     if prior is not None:
@@ -139,7 +144,7 @@ def walk(pointer, start, size, GROUP: tl.constexpr, LENGTH: tl.constexpr):
     has_edges = False
     pointer += start
     if GROUP > 1:
-        pointer = tl.multiple_of(pointer, 32)
+        pointer = tl.multiple_of(pointer, 16)
         group = start + tl.arange(0, LENGTH) // GROUP * GROUP
         whole = (group >= 0) & (group + GROUP <= size)
         edge = edge & (whole == 0)

@@ -68,7 +68,7 @@ def choose_config(n_classes: int, slack: int) -> Config:
     if classes == LONGEST:
         # A program of 1,024 threads has 64 registers for each, a few too few.
         return Config(1, classes, classes // (2 * PER_THREAD), 128)
-    return Config(1, classes, max(32, classes // PER_THREAD), 80)
+    return Config(1, classes, max(32, classes // PER_THREAD), 96 if classes == 256 else 80)
 
 
 def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
@@ -76,8 +76,8 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
     several = n_classes <= FEW_CLASSES
     if any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
         return Layout(0, 0)
-    # A sector of memory in the narrowest type; a group of a wider one takes several.
-    group = 32 // min(t.element_size() for t in tensors)
+    # A sector of memory in the narrowest type (half of one for codes); a group of a wider type takes several.
+    group = min(16, 32 // min(t.element_size() for t in tensors))
     positions = {(t.data_ptr() // t.element_size() % group, t.stride(0) % group) for t in tensors}
     if len(positions) > 1:
         return Layout(1, 0)
@@ -92,9 +92,13 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
 
 
 @kernel
-def write_table(table, entries, COUNT: tl.constexpr):
-    for i in tl.static_range(COUNT):
-        tl.store(table + i, entries[i])
+def write_entry(
+    table, k: tl.int32, address: tl.int64, row_stride: tl.int64, class_stride: tl.int64, kind: tl.int64
+):  # fmt: skip
+    tl.store(table + 4 * k, address)
+    tl.store(table + 4 * k + 1, row_stride)
+    tl.store(table + 4 * k + 2, class_stride)
+    tl.store(table + 4 * k + 3, kind)
 
 
 def teacher_arguments(teachers: Sequence[Tensor]) -> dict[str, Any]:
@@ -108,10 +112,9 @@ def teacher_arguments(teachers: Sequence[Tensor]) -> dict[str, Any]:
         stack = step * first.element_size()
     elif n_teachers > SLOTS or not uniform:
         # Written by a kernel from its arguments: a copy from the host would wait, and could not be captured in a graph.
-        entries = [(t.data_ptr(), *t.stride(), number) for t, number in zip(teachers, numbers, strict=True)]
-        entries += entries[-1:] * (triton.next_power_of_2(n_teachers) - n_teachers)
-        table = torch.empty(4 * len(entries), dtype=torch.int64, device=first.device)
-        write_table[(1,)](table, tuple(x for entry in entries for x in entry), COUNT=4 * len(entries))
+        table = torch.empty(n_teachers, 4, dtype=torch.int64, device=first.device)
+        for k, (t, number) in enumerate(zip(teachers, numbers, strict=True)):
+            write_entry[(1,)](table, k, t.data_ptr(), *t.stride(), number, num_warps=1)
     slots += slots[-1:] * (SLOTS - len(slots))
     return {
         **{f"t{k}": slot for k, slot in enumerate(slots)},
