@@ -45,6 +45,9 @@ from amtss_fast.student import AMTSSForSequenceClassification, load_tokenizer
 from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
+_FILES = ("config.yaml", "log.jsonl", "metrics.json", "report.html")
+_FOLDERS = ("teachers", "student", "labels-only", "training")
+
 
 def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> Path:
     """Carries a run out; returns its folder.
@@ -57,11 +60,12 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
         ValueError: `resume` with another configuration; and what the data, the models and the loss find wrong.
     """
     folder = Path(config.output_dir)
-    # Wrong training arguments show before anything is written; they also set up the processes of a distributed run.
     run = _Run(config, folder, resume)
-    run.arguments(STUDENT, config.training)
+    # Wrong training arguments show before anything is written.
     for teacher in config.teachers:
         run.teacher_arguments(teacher)
+    # Training arguments that are asked for their device set up the processes of a distributed run.
+    run.arguments(STUDENT, config.training).device  # noqa: B018
     state = PartialState()
     if state.is_main_process:
         _prepare(folder, config, overwrite, resume)
@@ -83,8 +87,13 @@ def _prepare(folder: Path, config: RunConfig, overwrite: bool, resume: bool) -> 
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
     file = folder / "config.yaml"
     if folder.is_dir() and any(folder.iterdir()):
-        if not file.is_file():
-            raise FileExistsError(f"{folder} is not empty and holds no run: choose another output_dir")
+        # Nothing that a run has not written is ever removed.
+        foreign = sorted(
+            p.name for p in folder.iterdir() if p.name.removesuffix(".partial") not in (*_FILES, *_FOLDERS)
+        )
+        if foreign or not file.is_file():
+            found = f"it has {', '.join(foreign[:5])}" if foreign else "it has no config.yaml"
+            raise FileExistsError(f"{folder} is not empty and holds no run ({found}): choose another output_dir")
         if not overwrite and not resume:
             raise FileExistsError(f"{folder} holds a run: choose another output_dir, --resume or --overwrite")
         if resume and file.read_text(encoding="utf-8") != text:
@@ -118,7 +127,7 @@ class _Run:
 
         if self.config.labels_only:
             started_baseline = time.time()
-            students[BASELINE] = self._train_labels_only(len(pool))
+            students[BASELINE] = self._train_labels_only()
             seconds["baseline"] = time.time() - started_baseline
 
         if not state.is_main_process:
@@ -192,7 +201,7 @@ class _Run:
         trainer = self._train(model, self._student_data, pool, arguments, target)
         return model, trainer
 
-    def _train_labels_only(self, n_teachers: int) -> AMTSSForSequenceClassification:
+    def _train_labels_only(self) -> AMTSSForSequenceClassification:
         target = self.folder / "labels-only"
         if target.is_dir():
             return AMTSSForSequenceClassification.from_pretrained(target)

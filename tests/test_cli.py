@@ -72,7 +72,10 @@ def test_a_run_is_not_overwritten_by_accident(run: Path, capsys: pytest.CaptureF
     (run.parent / "other").mkdir()
     (run.parent / "other" / "thesis.txt").write_text("mine")
     assert main(["train", "demo", f"output_dir={run.parent / 'other'}", *SHORT, "--overwrite"]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "holds no run (it has thesis.txt)" in capsys.readouterr().err
+    (run.parent / "other" / "config.yaml").write_text("mine: too")
+    assert main(["train", "demo", f"output_dir={run.parent / 'other'}", *SHORT, "--overwrite"]) == 2
+    assert (run.parent / "other" / "thesis.txt").exists()
 
 
 def test_an_interrupted_run_resumes_to_the_same_student(run: Path, tmp_path: Path) -> None:
