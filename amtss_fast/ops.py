@@ -12,7 +12,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,24 +83,17 @@ def _values_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("AMTSS_DEBUG") == "1"
 
 
-def check_values(
-    n_classes: int,
-    labels: Tensor | None,
-    teacher_prior: Tensor | None,
-    teacher_mask: Tensor | None,
-    sample_weight: Tensor | None,
-    num_items: Tensor | None,
-    ignore_index: int,
-    unlabeled_index: int,
-) -> None:
+def _check_values(given: _Arguments) -> None:
     """Raise ValueError for values outside their range."""
+    n_classes, labels, num_items = given.student_logits.shape[1], given.labels, given.num_items
+    ignore_index, unlabeled_index = given.ignore_index, given.unlabeled_index
     if labels is not None:
         special = (labels == ignore_index) | (labels == unlabeled_index)
         wrong = ((labels < 0) | (labels >= n_classes)) & ~special
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
             raise_label(int(labels[row]), row, n_classes, ignore_index, unlabeled_index)
-    for name, weight in (("teacher_prior", teacher_prior), ("sample_weight", sample_weight)):
+    for name, weight in (("teacher_prior", given.teacher_prior), ("sample_weight", given.sample_weight)):
         if weight is not None:
             # Written so that NaN is wrong too.
             wrong = ~((weight >= 0) & (weight < float("inf")))
@@ -123,63 +116,38 @@ def raise_weight(name: str, value: float) -> None:
     raise ValueError(f"{name} must hold finite numbers >= 0, found {value}")
 
 
-def _amtss_loss(
-    student_logits: Tensor,
-    teacher_logits: list[Tensor],
-    teacher_row_max: list[Tensor | None],
-    teacher_step: list[Tensor | None],
-    labels: Tensor | None,
-    teacher_prior: Tensor | None,
-    teacher_mask: Tensor | None,
-    sample_weight: Tensor | None,
-    num_items: Tensor | None,
-    temperature: float,
-    weighting: str,
-    weight_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    unlabeled_index: int,
-    reduction: str,
-    need_grad: bool,
-    need_stats: bool,
-    backend: str | None,
-) -> Outputs:
-    module = _choose(backend, student_logits, teacher_logits)
-    if _values_are_free(student_logits) and not module.CHECKS_VALUES:
-        check_values(
-            student_logits.shape[1],
-            labels,
-            teacher_prior,
-            teacher_mask,
-            sample_weight,
-            num_items,
-            ignore_index,
-            unlabeled_index,
-        )
-    outputs: Outputs = module.amtss_loss(
-        student_logits,
-        teacher_logits,
-        teacher_row_max,
-        teacher_step,
-        labels,
-        teacher_prior,
-        teacher_mask,
-        sample_weight,
-        num_items,
-        temperature,
-        weighting,
-        weight_temperature,
-        kd_weight,
-        ce_weight,
-        label_smoothing,
-        ignore_index,
-        unlabeled_index,
-        reduction,
-        need_grad,
-        need_stats,
-    )
+class _Arguments(NamedTuple):
+    """What the operator hands to a backend, by name: the schema's arguments less `backend`."""
+
+    student_logits: Tensor
+    teacher_logits: list[Tensor]
+    teacher_row_max: list[Tensor | None]
+    teacher_step: list[Tensor | None]
+    labels: Tensor | None
+    teacher_prior: Tensor | None
+    teacher_mask: Tensor | None
+    sample_weight: Tensor | None
+    num_items: Tensor | None
+    temperature: float
+    weighting: str
+    weight_temperature: float
+    kd_weight: float
+    ce_weight: float
+    label_smoothing: float
+    ignore_index: int
+    unlabeled_index: int
+    reduction: str
+    need_grad: bool
+    need_stats: bool
+
+
+def _amtss_loss(*arguments: Any) -> Outputs:
+    *values, backend = arguments
+    given = _Arguments(*values)
+    module = _choose(backend, given.student_logits, given.teacher_logits)
+    if _values_are_free(given.student_logits) and not module.CHECKS_VALUES:
+        _check_values(given)
+    outputs: Outputs = module.amtss_loss(*given)
     return outputs
 
 

@@ -288,52 +288,11 @@ def prepare(
     return launches, (row_loss, grad, weights, margins, kd, student_margin), divisor
 
 
-def amtss_loss(
-    student_logits: Tensor,
-    teacher_logits: Sequence[Tensor],
-    teacher_row_max: Sequence[Tensor | None],
-    teacher_step: Sequence[Tensor | None],
-    labels: Tensor | None,
-    teacher_prior: Tensor | None,
-    teacher_mask: Tensor | None,
-    sample_weight: Tensor | None,
-    num_items: Tensor | None,
-    temperature: float,
-    weighting: str,
-    weight_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    unlabeled_index: int,
-    reduction: str,
-    need_grad: bool,
-    need_stats: bool,
-) -> Outputs:
+def amtss_loss(student_logits: Tensor, *arguments: Any) -> Outputs:
     """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`. Nothing here waits for the device."""
+    *_, reduction, _need_grad, _need_stats = arguments
     with torch.cuda.device_of(student_logits):
-        launches, (loss, *others), divisor = prepare(
-            student_logits,
-            teacher_logits,
-            teacher_row_max,
-            teacher_step,
-            labels,
-            teacher_prior,
-            teacher_mask,
-            sample_weight,
-            num_items,
-            temperature,
-            weighting,
-            weight_temperature,
-            kd_weight,
-            ce_weight,
-            label_smoothing,
-            ignore_index,
-            unlabeled_index,
-            reduction,
-            need_grad,
-            need_stats,
-        )
+        launches, (loss, *others), divisor = prepare(student_logits, *arguments)
         for launch in launches:
             launch.run()
     if reduction != "none":
