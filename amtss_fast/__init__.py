@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from amtss_fast.linear import linear_amtss_loss
 from amtss_fast.loss import AMTSSLoss, AMTSSStats, amtss_loss
-from amtss_fast.quantization import QuantizedLogits, quantize_logits
+from amtss_fast.quantization import QuantizedLogits, QuantizedWeight, quantize_logits, quantize_weight
 
 if TYPE_CHECKING:
     from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification
@@ -32,11 +33,14 @@ __all__ = [
     "AMTSSTrainer",
     "AMTSSTrainingArguments",
     "QuantizedLogits",
+    "QuantizedWeight",
     "Teacher",
     "TeacherPool",
     "amtss_loss",
+    "linear_amtss_loss",
     "load_teacher",
     "quantize_logits",
+    "quantize_weight",
 ]
 
 

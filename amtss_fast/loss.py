@@ -111,22 +111,10 @@ def amtss_loss(
     teachers, row_max, step = _unpack(teacher_logits)
     _check_logits(student_logits, teachers, row_max, step)
     n_rows, n_classes = student_logits.shape
-    n_teachers = len(teachers)
     device = student_logits.device
-    if labels is not None:
-        _check_tensor("labels", labels, device, [(n_rows,)])
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if teacher_mask is not None:
-        _check_tensor("teacher_mask", teacher_mask, device, [(n_teachers, n_rows)])
-        if teacher_mask.dtype != torch.bool:
-            raise TypeError(f"teacher_mask must be bool, got {teacher_mask.dtype}")
-    if teacher_prior is not None:
-        _check_tensor("teacher_prior", teacher_prior, device, [(n_teachers,), (n_teachers, n_rows)])
-        teacher_prior = _as_weights("teacher_prior", teacher_prior)
-    if sample_weight is not None:
-        _check_tensor("sample_weight", sample_weight, device, [(n_rows,)])
-        sample_weight = _as_weights("sample_weight", sample_weight)
+    teacher_prior, sample_weight = check_rows(
+        "student_logits", labels, teacher_prior, teacher_mask, sample_weight, n_rows, len(teachers), device
+    )
     check_options(
         temperature=temperature,
         weighting=weighting,
@@ -138,9 +126,7 @@ def amtss_loss(
         unlabeled_index=unlabeled_index,
         reduction=reduction,
     )
-    for name, index in (("ignore_index", ignore_index), ("unlabeled_index", unlabeled_index)):
-        if 0 <= index < n_classes:
-            raise ValueError(f"{name} must lie outside the classes 0 to {n_classes - 1}, got {index}")
+    check_special_labels(ignore_index, unlabeled_index, n_classes)
 
     loss, *stats = ops.run(
         student_logits,
@@ -151,7 +137,7 @@ def amtss_loss(
         teacher_prior,
         teacher_mask,
         sample_weight,
-        _as_num_items(num_items, reduction, device),
+        as_num_items(num_items, reduction, device),
         float(temperature),
         weighting,
         float(weight_temperature),
@@ -327,17 +313,58 @@ def _check_logits(
             raise TypeError(f"teacher_logits[{k}] must be floating or QuantizedLogits, got {teacher.dtype}")
         for name, values in zip(("row_max", "step"), scale, strict=True):
             if values is not None:
-                _check_tensor(f"teacher_logits[{k}].{name}", values, device, [(shape[0],)])
+                check_tensor(f"teacher_logits[{k}].{name}", values, "student_logits", device, [(shape[0],)])
 
 
-def _check_tensor(name: str, tensor: Tensor, device: torch.device, shapes: Sequence[tuple[int, ...]]) -> None:
+def check_special_labels(ignore_index: int, unlabeled_index: int, n_classes: int) -> None:
+    """Raise ValueError where one of them is a class."""
+    for name, index in (("ignore_index", ignore_index), ("unlabeled_index", unlabeled_index)):
+        if 0 <= index < n_classes:
+            raise ValueError(f"{name} must lie outside the classes 0 to {n_classes - 1}, got {index}")
+
+
+def check_rows(
+    student: str,
+    labels: Tensor | None,
+    teacher_prior: Tensor | None,
+    teacher_mask: Tensor | None,
+    sample_weight: Tensor | None,
+    n_rows: int,
+    n_teachers: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Raise for tensors that do not fit the N rows of the argument called `student`.
+
+    Returns `teacher_prior` and `sample_weight` as the kernels take them.
+    """
+    if labels is not None:
+        check_tensor("labels", labels, student, device, [(n_rows,)])
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if teacher_mask is not None:
+        check_tensor("teacher_mask", teacher_mask, student, device, [(n_teachers, n_rows)])
+        if teacher_mask.dtype != torch.bool:
+            raise TypeError(f"teacher_mask must be bool, got {teacher_mask.dtype}")
+    if teacher_prior is not None:
+        check_tensor("teacher_prior", teacher_prior, student, device, [(n_teachers,), (n_teachers, n_rows)])
+        teacher_prior = _as_weights("teacher_prior", teacher_prior)
+    if sample_weight is not None:
+        check_tensor("sample_weight", sample_weight, student, device, [(n_rows,)])
+        sample_weight = _as_weights("sample_weight", sample_weight)
+    return teacher_prior, sample_weight
+
+
+def check_tensor(
+    name: str, tensor: Tensor, student: str, device: torch.device, shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise unless `tensor` has one of the shapes and lies on the device of the argument called `student`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) not in shapes:
         allowed = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {allowed}, got {list(tensor.shape)}")
     if tensor.device != device:
-        raise RuntimeError(f"{name} is on {tensor.device}, student_logits on {device}: move one of them")
+        raise RuntimeError(f"{name} is on {tensor.device}, {student} on {device}: move one of them")
 
 
 def _as_weights(name: str, weight: Tensor) -> Tensor:
@@ -346,7 +373,7 @@ def _as_weights(name: str, weight: Tensor) -> Tensor:
     return weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
 
 
-def _as_num_items(num_items: int | float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
+def as_num_items(num_items: int | float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
     if num_items is None:
         return None
     if reduction != "mean":

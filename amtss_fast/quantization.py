@@ -1,4 +1,4 @@
-"""8-bit logits: a quarter of the bytes of float32, read directly by the kernels."""
+"""8-bit logits and heads: a quarter of the bytes of float32, read directly where they are used."""
 
 from __future__ import annotations
 
@@ -70,3 +70,48 @@ def dequantize(codes: Tensor, row_max: Tensor, step: Tensor) -> Tensor:
     """Logits [N, C] float32 of `codes` [N, C] uint8: row_max[n] - step[n] * code, -inf for code 255."""
     values = row_max.unsqueeze(-1) - step.unsqueeze(-1) * codes
     return values.where(codes != _MASKED, float("-inf"))
+
+
+class QuantizedWeight(NamedTuple):
+    """A matrix [C, H] in 8 bits, weight[c] = scale[c] * codes[c]: a frozen teacher's head.
+
+    Made by :func:`quantize_weight`; :func:`amtss_fast.linear_amtss_loss` takes it in the place of a teacher's head.
+    """
+
+    codes: Tensor
+    """[C, H] int8, -127 to 127."""
+    scale: Tensor
+    """[C] float32, >= 0."""
+
+    def dequantize(self) -> Tensor:
+        """The matrix that the codes stand for, [C, H] float32."""
+        return self.scale.unsqueeze(-1) * self.codes
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device."""
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device))
+
+
+def quantize_weight(weight: Tensor) -> QuantizedWeight:
+    """8-bit codes of a head [C, H]; each class has its own scale, its largest magnitude / 127.
+
+    An entry is off by half a scale at most: approximate, unlike bfloat16 or float32 heads.
+
+    Raises:
+        TypeError, ValueError: not floating, not [C, H], or not finite.
+    """
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating, got {weight.dtype}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must be [C, H] with C, H >= 1, got shape {list(weight.shape)}")
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
+    # Blocks of classes: a head has gigabytes, and its float32 copy would have four times as many as the codes.
+    for rows, codes_, scale_ in zip(weight.detach().split(4096), codes.split(4096), scale.split(4096), strict=True):
+        values = rows.float()
+        torch.div(values.abs().amax(-1), 127, out=scale_)
+        if not scale_.isfinite().all():
+            raise ValueError("weight must be finite to be quantised, found NaN or infinity")
+        # A class of zeros has scale 0 and codes 0.
+        codes_.copy_((values / scale_.unsqueeze(-1)).nan_to_num(0.0).round())
+    return QuantizedWeight(codes, scale)

@@ -20,6 +20,10 @@ INTERPRETED_GRIDS = {
     "test_nan_stays_in_its_row": 3,
     "test_opcheck": 4,
     "test_a_scaled_float16_loss_does_not_underflow": 0,
+    "test_heads_within_budget": 6,
+    "test_heads_of_any_dtype": 4,
+    "test_heads_of_250002_classes": 0,
+    "test_operator_of_the_heads": 2,
 }
 
 

@@ -102,10 +102,17 @@ def assert_within_budget(actual: Result, case: Case, grad_output: Tensor | None 
     Errors are measured against the largest value of a part, infinities and NaN have to be where float64 has them.
     """
     exact, plain = case.exact(grad_output).parts(), case.run("reference", grad_output).parts()
-    # The exponent of a float32 softmax is itself only good to eps times its size.
     size = max(float(t.float().nan_to_num(0, 0, 0).abs().max()) if t.numel() else 0.0 for t in _logits(case))
-    floor = torch.finfo(torch.float32).eps * (4 + size / float(case.options.get("temperature", 2.0)))
-    for name, got in actual.parts().items():
+    assert_parts_within_budget(actual.parts(), exact, plain, size / float(case.options.get("temperature", 2.0)))
+
+
+def assert_parts_within_budget(
+    actual: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], exponent: float
+) -> None:
+    """See :func:`assert_within_budget`; `exponent`: the largest magnitude that a softmax exponentiates."""
+    # The exponent of a float32 softmax is itself only good to eps times its size.
+    floor = torch.finfo(torch.float32).eps * (4 + exponent)
+    for name, got in actual.items():
         want, reference = exact[name], plain[name].double().cpu()
         got64 = got.double().cpu()
         assert got64.shape == want.shape, name

@@ -1,0 +1,239 @@
+"""Forward + backward of the loss through its heads, from hidden states, on the GPU or else the CPU.
+
+    python benchmarks/bench_linear.py                            the named cases
+    python benchmarks/bench_linear.py --case 384,320,3,90007     N rows, width H, K teachers, C classes
+    python benchmarks/bench_linear.py --rivals native,products --case 2048,384,3,250002
+    python benchmarks/bench_linear.py --json FILE
+
+The rivals: `native` is `linear_amtss_loss`; `torch` and `compile` make all logits, then the same formula; `liger` and
+`liger-compile` are Liger-Kernel's chunked JSD with beta = 0 (the same KL divergence, of one teacher, chunks of its
+default size), where it is installed and K = 1. `products` is no rival but what nobody can leave out: K + 1 products for
+the logits and two for the gradients, as torch does them at once. Every case first checks that the rivals agree. Times
+are medians of interleaved runs with their quartiles. Memory is the peak beyond inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cases import TEMPERATURE, default_device, machine, peak_memory, plain, time_interleaved
+from torch import Tensor
+
+from amtss_fast import linear_amtss_loss
+
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """N rows of width H, K teachers of the same width, C classes."""
+
+    n: int
+    h: int
+    k: int
+    c: int
+
+    def inputs(self, device: str) -> Inputs:
+        g = torch.Generator(device).manual_seed(0)
+
+        def matrix(rows: int, spread: float) -> Tensor:
+            return torch.randn(rows, self.h, generator=g, device=device).mul_(spread)
+
+        # Logits of standard deviation 2.
+        spread = 2 / self.h**0.5
+        return Inputs(
+            matrix(self.n, 1).requires_grad_(),
+            matrix(self.c, spread).requires_grad_(),
+            [matrix(self.n, 1) for _ in range(self.k)],
+            [matrix(self.c, spread) for _ in range(self.k)],
+            torch.randint(self.c, (self.n,), generator=g, device=device),
+        )
+
+    @property
+    def flops(self) -> int:
+        """K + 1 products for the logits, two for the gradients."""
+        return 2 * self.n * self.h * self.c * (self.k + 3)
+
+    def __str__(self) -> str:
+        return f"N={self.n} H={self.h} K={self.k} C={self.c}"
+
+
+@dataclass
+class Inputs:
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [C, H]
+    teacher_hidden: list[Tensor]
+    teacher_weight: list[Tensor]
+    labels: Tensor  # [N]
+
+    def step(self, loss_fn: Loss) -> Tensor:
+        """Forward and backward, with fresh gradients."""
+        self.hidden.grad = self.weight.grad = None
+        loss = loss_fn(self)
+        loss.backward()
+        return loss.detach()
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+def native(x: Inputs) -> Tensor:
+    loss: Tensor = linear_amtss_loss(
+        x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels, temperature=TEMPERATURE
+    )
+    return loss
+
+
+def _from_logits(
+    hidden: Tensor, weight: Tensor, teacher_hidden: list[Tensor], teacher_weight: list[Tensor], labels: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        teachers = [F.linear(h, w) for h, w in zip(teacher_hidden, teacher_weight, strict=True)]
+    return plain(F.linear(hidden, weight), teachers, labels)
+
+
+def liger(compiled: bool) -> Loss:
+    """Without the cross entropy, which it leaves out at weight 0, and with the factor of a temperature."""
+    jsd = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=TEMPERATURE**2, beta=0.0, temperature=TEMPERATURE, compiled=compiled
+    )
+
+    def loss_fn(x: Inputs) -> Tensor:
+        (teacher_hidden,), (teacher_weight,) = x.teacher_hidden, x.teacher_weight
+        loss: Tensor = jsd(x.hidden, x.weight, teacher_hidden, teacher_weight, x.labels)
+        return loss
+
+    return loss_fn
+
+
+def rivals(case: LinearCase, names: list[str]) -> dict[str, Loss]:
+    torch._dynamo.reset()
+    compiled = torch.compile(_from_logits, dynamic=False)
+
+    def of(function: Callable[..., Tensor]) -> Loss:
+        return lambda x: function(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+
+    losses: dict[str, Callable[[], Loss]] = {
+        "native": lambda: native,
+        "torch": lambda: of(_from_logits),
+        "compile": lambda: of(compiled),
+        "liger": lambda: liger(False),
+        "liger-compile": lambda: liger(True),
+    }
+    possible = case.k == 1 and importlib.util.find_spec("liger_kernel") is not None
+    return {name: losses[name]() for name in names if possible or not name.startswith("liger")}
+
+
+def products(x: Inputs) -> None:
+    with torch.no_grad():
+        for hidden, weight in zip(x.teacher_hidden, x.teacher_weight, strict=True):
+            F.linear(hidden, weight)
+        logits = F.linear(x.hidden, x.weight)
+        x.hidden.grad, x.weight.grad = logits @ x.weight, logits.t() @ x.hidden
+
+
+def check_agreement(losses: dict[str, Loss], inputs: Inputs) -> None:
+    """AssertionError unless all rivals give the same loss and gradients. Warms them up, too."""
+    results = {}
+    for name, loss_fn in losses.items():
+        loss = inputs.step(loss_fn)
+        results[name] = (loss, inputs.hidden.grad, inputs.weight.grad)
+    first, *others = results.values()
+    for other in others:
+        torch.testing.assert_close(other[0], first[0], rtol=1e-4, atol=1e-6)
+        for got, want in zip(other[1:], first[1:], strict=True):
+            assert got is not None
+            assert want is not None
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def bench(case: LinearCase, names: list[str], seconds: float) -> list[Row]:
+    inputs = case.inputs(default_device())
+    losses = rivals(case, [name for name in names if name != "products"])
+    check_agreement(losses, inputs)
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda f=loss_fn: inputs.step(f)  # type: ignore[misc]
+        for name, loss_fn in losses.items()
+    }
+    if "products" in names:
+        runs["products"] = lambda: products(inputs)
+    timings = time_interleaved(runs, seconds, least=3)
+    rows: list[Row] = []
+    for name, timing in timings.items():
+        inputs.hidden.grad = inputs.weight.grad = None
+        memory = peak_memory(runs[name]) - inputs.hidden.nbytes - inputs.weight.nbytes
+        rows.append(
+            {
+                "case": str(case),
+                "rival": name,
+                "median_ms": timing.median * 1e3,
+                "low_ms": timing.low * 1e3,
+                "high_ms": timing.high * 1e3,
+                "runs": timing.runs,
+                "gflop_per_s": case.flops / timing.median / 1e9,
+                "times_native": timing.median / timings["native"].median,
+                "memory_mb": max(0, memory) / 1e6,
+            }
+        )
+    return rows
+
+
+NAMED = [
+    LinearCase(384, 320, 3, 90_007),
+    LinearCase(384, 320, 1, 90_007),
+    LinearCase(64, 256, 3, 8000),
+    LinearCase(2048, 256, 3, 8000),
+    LinearCase(512, 768, 1, 32_000),
+    LinearCase(128, 384, 1, 250_002),
+]
+
+
+def parse_case(text: str) -> LinearCase:
+    n, h, k, c = map(int, text.split(","))
+    return LinearCase(n, h, k, c)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=parse_case, action="append", metavar="N,H,K,C")
+    parser.add_argument(
+        "--rivals",
+        default="native,torch,compile,liger,liger-compile,products",
+        help="comma-separated (default: %(default)s)",
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="for each case (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="cases already in it are replaced, others kept")
+    args = parser.parse_args()
+    names = args.rivals.split(",")
+    if "native" not in names:
+        parser.error("--rivals must name native: the others are compared with it")
+
+    about = machine()
+    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    columns = ("median ms", "25 %", "75 %", "GFLOP/s", "/native", "MB")
+    print(f"\n{'case':30} {'rival':>13}", *(f"{column:>9}" for column in columns))
+    rows: list[Row] = []
+    for case in args.case or NAMED:
+        for row in bench(case, names, args.seconds):
+            rows.append(row)
+            figures = (f"{value:9.3f}" for key, value in row.items() if isinstance(value, float))
+            print(f"{row['case']:30} {row['rival']:>13}", *figures, flush=True)
+    if args.json:
+        for row in rows:
+            row["date"] = about["date"]
+        if args.json.exists():
+            measured = {row["case"] for row in rows}
+            rows = [row for row in json.loads(args.json.read_text())["rows"] if row["case"] not in measured] + rows
+        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
