@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from amtss_fast.adaptive import AdaptiveStrategy
 from amtss_fast.linear import linear_amtss_loss
 from amtss_fast.loss import AMTSSLoss, AMTSSStats, amtss_loss
 from amtss_fast.quantization import QuantizedLogits, QuantizedWeight, quantize_logits, quantize_weight
@@ -32,6 +33,7 @@ __all__ = [
     "AMTSSStats",
     "AMTSSTrainer",
     "AMTSSTrainingArguments",
+    "AdaptiveStrategy",
     "QuantizedLogits",
     "QuantizedWeight",
     "Teacher",

@@ -13,8 +13,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
 
+from amtss_fast.adaptive import AdaptiveStrategy, check_adaptive_options
 from amtss_fast.loss import WEIGHTINGS, AMTSSStats, Weighting, amtss_loss, check_options
 from amtss_fast.student import AMTSSForSequenceClassification
 from amtss_fast.teachers import TeacherPool
@@ -45,6 +56,14 @@ class AMTSSTrainingArguments(TrainingArguments):
     )
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the distillation term, >= 0."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the labels' cross entropy, >= 0."})
+    importance_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Lean on each language's better teachers; small: on the best alone. Default: off."},
+    )
+    gap_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Weigh languages by how far the student lags behind its teachers. Default: off."},
+    )
     loss_backend: str | None = field(
         default=None, metadata={"help": "Backend of the loss; default: the best that runs the tensors."}
     )
@@ -62,6 +81,7 @@ class AMTSSTrainingArguments(TrainingArguments):
             ce_weight=self.ce_weight,
             label_smoothing=self.label_smoothing_factor,
         )
+        check_adaptive_options(self.importance_temperature, self.gap_temperature)
         super().__post_init__()
 
 
@@ -73,7 +93,12 @@ class AMTSSTrainer(Trainer):
     and processes split them. Evaluation is the labels' cross entropy and :func:`language_metrics`, without teachers.
 
     Each training log adds, over the rows since the last one, `kd` (mean weighted KL, without temperature²),
-    `teacher_weight/NAME/LANGUAGE`, `teacher_margin/NAME/LANGUAGE` and `student_margin/LANGUAGE`.
+    `teacher_weight/NAME/LANGUAGE`, `teacher_margin/NAME/LANGUAGE` and `student_margin/LANGUAGE`; and the state of the
+    adaptive strategy, `teacher_importance/NAME/LANGUAGE` and `language_weight/LANGUAGE`.
+
+    `importance_temperature` and `gap_temperature` switch the parts of :class:`amtss_fast.AdaptiveStrategy` on, as
+    `adaptive`. It learns from the rows with a label, is saved in checkpoints, and starts from the teachers' margins on
+    the labelled rows of `eval_dataset` where there is one.
 
     Args:
         teachers: what distils; None trains on the labels alone (then `kd_weight` must be 0).
@@ -121,6 +146,20 @@ class AMTSSTrainer(Trainer):
                 self.add_callback(short)
         self.teachers = teachers
         self._meter = None if teachers is None else _Meter(teachers.names, teachers.languages)
+        self.adaptive: AdaptiveStrategy | None = None
+        if teachers is not None and (args.importance_temperature, args.gap_temperature) != (None, None):
+            if args.restore_callback_states_from_checkpoint:
+                raise ValueError(
+                    "restore_callback_states_from_checkpoint=True makes callbacks anew, which the adaptive strategy's "
+                    "cannot be; it is restored from checkpoints without"
+                )
+            self.adaptive = AdaptiveStrategy(
+                len(teachers),
+                len(teachers.languages),
+                importance_temperature=args.importance_temperature,
+                gap_temperature=args.gap_temperature,
+            )
+            self.add_callback(_KeepsAdaptive(self))
 
     def compute_loss(
         self,
@@ -135,6 +174,7 @@ class AMTSSTrainer(Trainer):
             outputs = model(**{name: value for name, value in inputs.items() if name not in texts})
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         labels, language_ids = inputs["labels"], inputs["language_ids"]
+        sample_weight = None
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", *texts)})
         student_logits = outputs.logits
         if self.teachers is None:
@@ -143,6 +183,9 @@ class AMTSSTrainer(Trainer):
         else:
             teacher_logits, mask = self.teachers.logits(inputs)
             prior = self.teachers.prior.to(student_logits.device)
+            if self.adaptive is not None:
+                prior = prior.unsqueeze(1) * self.adaptive.teacher_prior(language_ids)
+                sample_weight = self.adaptive.sample_weight(language_ids)
         loss, stats = amtss_loss(
             student_logits,
             teacher_logits,
@@ -152,6 +195,7 @@ class AMTSSTrainer(Trainer):
             weight_temperature=self.args.weight_temperature,
             teacher_prior=prior,
             teacher_mask=mask,
+            sample_weight=sample_weight,
             kd_weight=self.args.kd_weight,
             ce_weight=self.args.ce_weight,
             label_smoothing=self.args.label_smoothing_factor,
@@ -163,6 +207,8 @@ class AMTSSTrainer(Trainer):
         )
         if self._meter is not None:
             self._meter.update(stats, language_ids, labels != IGNORE_INDEX)
+        if self.adaptive is not None:
+            self.adaptive.update(stats, language_ids, teacher_mask=mask, row_mask=labels >= 0)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is that of all processes, and the mean of their gradients divides once more.
             loss = loss * self.accelerator.num_processes
@@ -172,7 +218,73 @@ class AMTSSTrainer(Trainer):
         """The stock log; training logs get the teachers' weights and margins since the last one."""
         if self._meter is not None and "loss" in logs:
             logs.update(self._meter.read(self.accelerator))
+        if self.adaptive is not None and self.teachers is not None and "loss" in logs:
+            importance, weight = self.adaptive.importance.tolist(), self.adaptive.language_weight.tolist()
+            taught = self.teachers.teaches.tolist()
+            for language, code in enumerate(self.teachers.languages):
+                if self.args.gap_temperature is not None:
+                    logs[f"language_weight/{code}"] = weight[language]
+                for k, name in enumerate(self.teachers.names):
+                    if self.args.importance_temperature is not None and taught[k][language]:
+                        logs[f"teacher_importance/{name}/{code}"] = importance[k][language]
         super().log(logs, start_time)
+
+    @torch.no_grad()
+    def start_adaptive(self) -> None:
+        """Gives `adaptive` the teachers' margins on the labelled rows of `eval_dataset`; needs both and teachers."""
+        assert self.adaptive is not None
+        assert self.teachers is not None
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for rows in sets.values():
+            for batch in self.get_eval_dataloader(rows):
+                teacher_logits, mask = self.teachers.logits(batch)
+                _, stats = amtss_loss(
+                    torch.zeros_like(teacher_logits[0]),
+                    teacher_logits,
+                    batch["labels"],
+                    temperature=self.args.temperature,
+                    weighting=self.args.weighting,
+                    teacher_mask=mask,
+                    ignore_index=IGNORE_INDEX,
+                    unlabeled_index=UNLABELED_INDEX,
+                    return_stats=True,
+                    backend=self.args.loss_backend,
+                )
+                # Gathered, because the last batches of several processes repeat rows, which only this leaves out.
+                margins, mask, ids, labels = self.accelerator.gather_for_metrics(
+                    (stats.margins.T, mask.T, batch["language_ids"], batch["labels"])
+                )
+                if self.is_world_process_zero():
+                    self.adaptive.start(margins.T, ids, teacher_mask=mask.T, row_mask=labels >= 0)
+        self.adaptive.step()
+
+
+class _KeepsAdaptive(TrainerCallback, ExportableState):
+    """Starts the adaptive strategy, steps it with the optimiser, and keeps it in `trainer_state.json`."""
+
+    def __init__(self, trainer: AMTSSTrainer) -> None:
+        self._trainer = trainer
+
+    @property
+    def _adaptive(self) -> AdaptiveStrategy:
+        assert self._trainer.adaptive is not None
+        return self._trainer.adaptive
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            saved = cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"]
+            # A JSON number holds every float32 and float64 exactly.
+            self._adaptive.load_state_dict({name: torch.tensor(v, dtype=torch.float64) for name, v in saved.items()})
+        elif self._trainer.eval_dataset is not None:
+            self._trainer.start_adaptive()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._adaptive.step()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: v.tolist() for name, v in self._adaptive.state_dict().items()}}
 
 
 # Figures of single languages: a line each time would bury the rest.

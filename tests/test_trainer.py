@@ -21,6 +21,8 @@ from amtss_fast.teachers import TeacherPool, load_teacher
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
 LANGUAGES = ["en", "sw", "ur"]
+# The strategy changes with every step: what holds with it holds without.
+ADAPTIVE = {"importance_temperature": 0.1, "gap_temperature": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def weights(trainer: AMTSSTrainer) -> torch.Tensor:
 
 def test_gradient_accumulation_is_one_big_batch(tmp_path: Path, teacher_folders: list[Path]) -> None:
     # SGD: Adam would turn rounding of near-zero gradients into steps of full size.
-    options = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "max_grad_norm": 0.0}
+    options = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "max_grad_norm": 0.0, **ADAPTIVE}
     whole = make_trainer(tmp_path / "1", teacher_folders, per_device_train_batch_size=32, **options)
     parts = make_trainer(tmp_path / "4", teacher_folders, gradient_accumulation_steps=4, **options)
     start = weights(whole)
@@ -103,7 +105,13 @@ def test_gradient_accumulation_is_one_big_batch(tmp_path: Path, teacher_folders:
 
 
 def test_two_processes_are_one_big_batch(tmp_path: Path, teacher_folders: list[Path]) -> None:
-    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 16}
+    options = {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 16,
+        **ADAPTIVE,
+    }
     script = tmp_path / "train.py"
     script.write_text(
         f"""
@@ -133,7 +141,7 @@ if trainer.is_world_process_zero():
 
 
 def test_resumes_to_the_same_weights(tmp_path: Path, teacher_folders: list[Path]) -> None:
-    options = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 1, "dropout": 0.1}
+    options = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 1, "dropout": 0.1, **ADAPTIVE}
     whole = make_trainer(tmp_path / "run", teacher_folders, **options)
     whole.train()
     assert whole.state.global_step == 12
@@ -141,6 +149,10 @@ def test_resumes_to_the_same_weights(tmp_path: Path, teacher_folders: list[Path]
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
     assert resumed.state.global_step == 12
     assert torch.equal(weights(whole), weights(resumed))
+    assert whole.adaptive is not None
+    assert resumed.adaptive is not None
+    for name, value in whole.adaptive.state_dict().items():
+        assert torch.equal(value, resumed.adaptive.state_dict()[name])
 
 
 def test_distillation_lowers_the_divergence_and_logs_what_the_teachers_do(
@@ -159,6 +171,41 @@ def test_distillation_lowers_the_divergence_and_logs_what_the_teachers_do(
         assert last[f"teacher_weight/a/{code}"] + last[f"teacher_weight/b/{code}"] == pytest.approx(1)
         assert -1 <= last[f"teacher_margin/b/{code}"] <= 1
         assert -1 <= last[f"student_margin/{code}"] <= 1
+
+
+def test_the_adaptive_strategy_starts_held_out_and_moves_the_loss(tmp_path: Path, teacher_folders: list[Path]) -> None:
+    trainer = make_trainer(
+        tmp_path, teacher_folders, num_train_epochs=2, importance_temperature=0.01, gap_temperature=0.1
+    )
+    adaptive = trainer.adaptive
+    assert adaptive is not None
+    trainer.start_adaptive()
+    held_out = adaptive.teacher_margin.clone()
+    # Of 30 texts 20 have a label, and teacher b does not teach English.
+    assert adaptive.teacher_rows[0].sum() == 20
+    assert adaptive.teacher_rows[1, 0] == 0
+    rows = trainer.eval_dataset
+    assert trainer.teachers is not None
+    here = [i for i in range(30) if rows["labels"][i] >= 0 and rows["language_ids"][i] == 1]
+    logits, _ = trainer.teachers.logits(trainer.data_collator([rows[i] for i in here]))
+    p = (logits[0] / 2).softmax(-1)
+    label = torch.tensor([rows["labels"][i] for i in here]).unsqueeze(1)
+    margins = p.gather(1, label)[:, 0] - p.scatter(1, label, -1.0).amax(1)
+    assert float(held_out[0, 1]) == pytest.approx(float(margins.mean()), abs=1e-6)
+
+    trainer = make_trainer(
+        tmp_path, teacher_folders, num_train_epochs=2, importance_temperature=0.01, gap_temperature=0.1
+    )
+    trainer.train()
+    assert trainer.adaptive is not None
+    # 64 of 96 rows have a label; the running means go on from the held-out ones.
+    assert trainer.adaptive.teacher_rows[0].sum() == 2 * 64 + 20
+    last = [log for log in trainer.state.log_history if "loss" in log][-1]
+    better = "a" if trainer.adaptive.teacher_margin[0, 1] > trainer.adaptive.teacher_margin[1, 1] else "b"
+    assert last[f"teacher_importance/{better}/sw"] > 0.6
+    assert last[f"teacher_weight/{better}/sw"] > 0.6
+    assert "teacher_importance/b/en" not in last
+    assert len({last[f"language_weight/{code}"] for code in LANGUAGES}) > 1
 
 
 def test_evaluates_each_language_and_keeps_the_best(tmp_path: Path, teacher_folders: list[Path]) -> None:
@@ -203,7 +250,7 @@ def test_options_reach_the_loss(tmp_path: Path, teacher_folders: list[Path]) -> 
     losses = set()
     changes: list[dict[str, Any]] = [
         {}, {"temperature": 4.0}, {"weighting": "label_nll"}, {"weight_temperature": 0.0}, {"kd_weight": 0.5},
-        {"ce_weight": 0.1}, {"label_smoothing_factor": 0.2},
+        {"ce_weight": 0.1}, {"label_smoothing_factor": 0.2}, {"importance_temperature": 0.1},
     ]  # fmt: skip
     for number, options in enumerate(changes):
         trainer = make_trainer(tmp_path / str(number), teacher_folders, max_steps=1, logging_steps=1, **options)
@@ -219,6 +266,7 @@ def test_options_reach_the_loss(tmp_path: Path, teacher_folders: list[Path]) -> 
         ({"weight_temperature": math.nan}, "weight_temperature must be in"),
         ({"kd_weight": 0.0, "ce_weight": 0.0}, "must not both be 0"),
         ({"label_smoothing_factor": 1.5}, "label_smoothing must be in"),
+        ({"importance_temperature": 0.0}, "importance_temperature must be above 0"),
     ],
 )
 def test_arguments_are_checked(tmp_path: Path, options: dict[str, Any], message: str) -> None:
