@@ -134,7 +134,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(entry, dict) or not _is_number(entry.get("step")):
             raise ValueError(f"{path}, line {number} has no number 'step': {line.strip()[:80]}")
-        for name in ("teacher_weight", "teacher_margin"):
+        for name in ("teacher_weight", "teacher_margin", "teacher_importance"):
             table = entry.get(name, {})
             cells = table.values() if isinstance(table, dict) else [None]
             if not all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in cells):
@@ -534,6 +534,45 @@ def _weight_picture(run: Run) -> tuple[str, str] | None:
     return _svg(figure, "Teacher weights and margins per language"), caption
 
 
+def _adaptive_picture(run: Run) -> tuple[str, str] | None:
+    """A small picture per language: importance of its teachers and weight of the language over the steps."""
+    lines: dict[str, dict[str, dict[float, float]]] = {}
+    for entry in run.log:
+        for teacher, row in entry.get("teacher_importance", {}).items():
+            for code, value in row.items():
+                lines.setdefault(code, {}).setdefault(teacher, {})[entry["step"]] = value
+        for code, value in entry.get("language_weight", {}).items():
+            lines.setdefault(code, {}).setdefault("", {})[entry["step"]] = value
+    codes = [code for code in run.metrics["languages"] if code in lines]
+    if not codes:
+        return None
+    styles = {name.removeprefix(TEACHER): color for name, (color, _) in _teacher_styles(run.metrics).items()}
+    columns = min(5, len(codes))
+    rows = math.ceil(len(codes) / columns)
+    figure = Figure(figsize=(_WIDTH * max(columns, 3) / 5, 0.9 + 1.35 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    handles: dict[str, Any] = {}
+    for axis, code in zip(grid, codes, strict=False):
+        for name, values in lines[code].items():
+            style = {"color": styles.get(name, _TEACHERS[0]), "linewidth": 1.5}
+            if not name:
+                style = {"color": _INK, "linewidth": 1.2, "linestyle": "--"}
+            (handles[_title(name) or "weight of the language"],) = axis.plot(
+                sorted(values), [values[step] for step in sorted(values)], **style
+            )
+        axis.set_title(code)
+        axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0)
+    for axis in grid:
+        axis.set_visible(False)
+    figure.supxlabel("step", fontsize=10)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=min(4, len(handles)))
+    caption = "Importance of each teacher in a language; the importances of a language add up to 1."
+    if "weight of the language" in handles:
+        caption += " Dashed: the weight of the language in the loss, 1 on average over the rows."
+    return _svg(figure, "Adaptive strategy over training steps"), caption
+
+
 def _tiles(run: Run) -> str:
     """The headline figures."""
     metrics, tiles = run.metrics, []
@@ -618,14 +657,16 @@ def _pairs(items: Mapping[str, Any], show: Callable[[Any], str] = str) -> str:
 def _page(run: Run) -> str:
     metrics = run.metrics
     with mpl.rc_context(_RC):
-        pictures = [_accuracy_picture(run), _loss_picture(run), _weight_picture(run)]
+        pictures = [_accuracy_picture(run), _loss_picture(run), _weight_picture(run), _adaptive_picture(run)]
     figures = [
         f'<figure><div class="wide">{svg}</div><figcaption>{_esc(caption)}</figcaption></figure>'
         for svg, caption in (picture for picture in pictures if picture is not None)
     ]
     titles = [
         name
-        for name, picture in zip(("Accuracy per language", "Training", "Teachers"), pictures, strict=True)
+        for name, picture in zip(
+            ("Accuracy per language", "Training", "Teachers", "Adaptive strategy"), pictures, strict=True
+        )
         if picture is not None
     ]
     sections = [f"<section><h2>{name}</h2>{figure}</section>" for name, figure in zip(titles, figures, strict=True)]

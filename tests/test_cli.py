@@ -32,6 +32,8 @@ SHORT = [
     "training.eval_steps=2",
     "training.save_steps=2",
     "training.save_total_limit=3",
+    "training.importance_temperature=0.1",
+    "training.gap_temperature=0.5",
 ]  # fmt: skip
 
 
@@ -60,6 +62,10 @@ def test_run_folder(run: Path) -> None:
     assert len(weights) == 3
     assert weights[0]["west"]["sw"] == 0
     assert 0 < weights[0]["south"]["sw"] < 1
+    importance = [log["teacher_importance"] for log in logs if "teacher_importance" in log]
+    assert len(importance) == 3
+    assert importance[-1]["west"].keys() == {"en"}
+    assert "Adaptive strategy" in (run / "report.html").read_text()
     assert "<svg" in (run / "report.html").read_text()
     assert not list(run.rglob("*.partial"))
 

@@ -381,3 +381,17 @@ def test_failed_write_leaves_the_old_page(
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text("utf-8") == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_draws_the_adaptive_strategy(tmp_path: Path, metrics: dict[str, Any], log: list[dict[str, Any]]) -> None:
+    assert "Adaptive strategy" not in write_report(make_run(tmp_path / "off", metrics, log)).read_text("utf-8")
+    for step, share in ((10, 0.6), (20, 0.8)):
+        importance = {"west": {"en": 1.0, "sw": share}, "south": {"sw": 1 - share}}
+        log.append({"step": step, "teacher_importance": importance, "language_weight": {"sw": 1.2, "en": 0.8}})
+    page = write_report(make_run(tmp_path / "on", metrics, log)).read_text("utf-8")
+    picture = page[page.index("<h2>Adaptive strategy") :]
+    picture = picture[: picture.index("</section>")]
+    # Both languages that have figures, and what the lines are.
+    for name in (">en<", ">sw<", ">west<", ">south<", ">weight of the language<"):
+        assert name in picture
+    assert ">ur<" not in picture
