@@ -78,6 +78,10 @@ class TeacherConfig(_Section):
     path: str | None = None
     languages: list[str] | None = None
     precision: str = "float32"
+    """`float32`, `bfloat16` or `int8`."""
+    engine: str | None = None
+    """What runs int8; see :func:`amtss_fast.load_teacher`."""
+    compile: bool = False
     prior: float = 1.0
     tokenizer: str | None = None
     label_names: list[str] | None = None

@@ -175,6 +175,8 @@ class _Run:
         return load_teacher(
             source,
             precision=teacher.precision,
+            engine=teacher.engine,
+            compile=teacher.compile,
             languages=teacher.languages,
             prior=teacher.prior,
             tokenizer=teacher.tokenizer,

@@ -19,12 +19,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from amtss_fast import int8
 from amtss_fast.student import (
     AMTSSConfig,
     check_languages,
@@ -34,7 +37,13 @@ from amtss_fast.student import (
     normalise_label,
 )
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16", "int8")
+
+# On CPUs a row's logits have the same bits in every batch of at least this many rows whose length is a multiple of the
+# second number: below that, matrix products and sums over positions take other paths. So logits of a cache are those of
+# training.
+_ROWS = 8
+_COLUMNS = 8
 
 # Settings of a tokenizer that say where it came from or how it cuts and pads, or that its list of
 # special tokens repeats.
@@ -61,6 +70,8 @@ class Teacher:
         prior: its weight alpha before the margins speak, finite and at least 0; 0 takes it out.
         label_names: the names of its outputs in order, in place of the model's `id2label`.
         max_length: the most tokens per row; default: what tokenizer and model allow.
+        precision: what reports call the precision of its weights; default: the model's dtype.
+        compile: run it through `torch.compile`, once for all shapes; its first call then takes long.
 
     Raises:
         TypeError, ValueError: naming the argument, the value given and what is allowed.
@@ -76,8 +87,12 @@ class Teacher:
         prior: float = 1.0,
         label_names: Sequence[str] | None = None,
         max_length: int | None = None,
+        precision: str | None = None,
+        compile: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.precision = str(model.dtype).removeprefix("torch.") if precision is None else precision
+        self._forward: Any = torch.compile(model, dynamic=True) if compile else model
         self.name = name
         self.tokenizer = tokenizer
         self.languages = None if languages is None else tuple(check_languages(languages))
@@ -119,7 +134,7 @@ class Teacher:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what it computes."""
+        """The type of its logits, and of all weights that are not in 8 bits."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
@@ -156,16 +171,41 @@ class Teacher:
             for name, value in batch.items()
             if name in self._inputs and value is not None
         }
+        rows = len(inputs["input_ids"])
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            output: Tensor = self.model(**inputs, return_dict=True).logits
+            output: Tensor = self._forward(**self._padded(inputs), return_dict=True).logits[:rows]
             finite = output.isfinite().all(-1)
             if not finite.all():
                 raise RuntimeError(
-                    f"teacher {self.name!r} ({self.dtype}) gave logits that are not finite in "
+                    f"teacher {self.name!r} ({self.precision}) gave logits that are not finite in "
                     f"{int((~finite).sum())} of {len(finite)} rows"
                 )
         # Tensors of inference mode cannot be saved for a backward pass; a copy made outside can.
         return output.clone()
+
+    def _padded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """At least `_ROWS` rows, by copies of the first, and a multiple of `_COLUMNS` tokens if it takes them."""
+        n, length = inputs["input_ids"].shape
+        columns = -length % _COLUMNS
+        if self.max_length is None or length + columns > self.max_length or "attention_mask" not in inputs:
+            columns = 0
+        copies = max(0, _ROWS - n) if n else 0
+        padded = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and len(value) == n:
+                if value.dim() == 2 and value.shape[1] == length:
+                    value = F.pad(value, (0, columns), value=self._pad_id if name == "input_ids" else 0)
+                value = torch.cat([value, value[:1].expand(copies, *value.shape[1:])])
+            padded[name] = value
+        return padded
+
+    @property
+    def _pad_id(self) -> int:
+        for holder in (self.model.config, self.tokenizer):
+            pad_id = getattr(holder, "pad_token_id", None)
+            if pad_id is not None:
+                return int(pad_id)
+        return 0
 
     def tokenize(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> Any:
         """The batch of its own tokenizer: tensors [N, T], T at most `max_length`.
@@ -214,7 +254,7 @@ class Teacher:
         if self.languages is None and self.own_languages is not None:
             languages = ",".join(self.own_languages)
         return (
-            f"Teacher({self.name!r}, {type(self.model).__name__}, {self.dtype}, {self.device}, "
+            f"Teacher({self.name!r}, {type(self.model).__name__}, {self.precision}, {self.device}, "
             f"languages={languages}, prior={self.prior:g}, labels={'/'.join(self.label_names)}, "
             f"{self.memory_footprint() / 2**20:.1f} MiB)"
         )
@@ -224,6 +264,8 @@ def load_teacher(
     name_or_path: str | Path,
     *,
     precision: str = "float32",
+    engine: str | None = None,
+    compile: bool = False,
     languages: Sequence[str] | None = None,
     prior: float = 1.0,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
@@ -236,7 +278,13 @@ def load_teacher(
 
     Args:
         name_or_path: a Hub id or a folder, also of an AMTSS student.
-        precision: `"float32"` or `"bfloat16"`, of all parameters.
+        precision: `"float32"` or `"bfloat16"`, of all parameters; or `"int8"`: linear layers of the encoder and word
+            embeddings in 8 bits, quantised one at a time as they are read. What that changes for a teacher,
+            `amtss-fast teachers check` measures.
+        engine: what runs int8: `"onednn"` (x86 CPUs), `"bitsandbytes"` or `"torchao"` (packages of that name);
+            default: bitsandbytes on CUDA, onednn on CPUs.
+        compile: run it through `torch.compile` (needs a C++ compiler on CPUs): one compilation for all shapes, of
+            half a minute or more at the first call.
         languages: codes that it teaches; default: all (of an AMTSS student: all of its own).
         prior: its weight before the margins speak, at least 0; 0 takes it out.
         tokenizer: a tokenizer, or where to load it; default: the one saved with the model.
@@ -250,13 +298,27 @@ def load_teacher(
     Raises:
         TypeError, ValueError: a bad argument; a checkpoint without a trained classifier.
         RuntimeError: no tokenizer given and none beside the model.
+        ImportError: an engine that is missing.
         OSError: nothing found under that name, or no safetensors file.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if engine is not None and precision != "int8":
+        raise ValueError(f"engine={engine!r} is for precision 'int8', not {precision!r}")
+    place = torch.device("cpu" if device is None else device)
+    options: dict[str, Any]
+    if precision == "int8":
+        engine = int8.choose_engine(engine, place)
+        with torch.device("meta"):
+            skeleton = AutoModelForSequenceClassification.from_config(
+                AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+            )
+        options = int8.loading_options(engine, place, skeleton)
+    else:
+        options = {"dtype": getattr(torch, precision)}
     model, info = AutoModelForSequenceClassification.from_pretrained(
         name_or_path,
-        dtype=PRECISIONS[precision],
+        **options,
         output_loading_info=True,
         use_safetensors=True,
         trust_remote_code=False,
@@ -268,16 +330,21 @@ def load_teacher(
             f"teacher {str(name_or_path)!r} is no fine-tuned {type(model).__name__}: "
             f"its checkpoint lacks {', '.join(missing)}"
         )
+    if precision == "int8":
+        int8.quantize_embedding(model)
+        precision = f"int8 ({engine})"
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(name_or_path if tokenizer is None else tokenizer)
     return Teacher(
-        model if device is None else model.to(device),
+        model if "quantization_config" in options else model.to(place),
         name=Path(name_or_path).resolve().name if name is None else name,
         tokenizer=tokenizer,
         languages=languages,
         prior=prior,
         label_names=label_names,
         max_length=max_length,
+        precision=precision,
+        compile=compile,
     )
 
 

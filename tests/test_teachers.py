@@ -55,6 +55,19 @@ class Spy:
         assert not args
         self.calls.append(kwargs)
 
+    def assert_saw(self, name: str, expected: Tensor) -> None:
+        """The last call had these rows, then copies of the first up to 8, all padded to a multiple of 8 columns."""
+        seen = self.calls[-1][name]
+        n = len(expected)
+        assert len(seen) == max(n, 8)
+        assert torch.equal(seen[n:], seen[:1].expand_as(seen[n:]))
+        if expected.dim() == 2:
+            width = expected.shape[1]
+            assert seen.shape[1] in (width, width + -width % 8)
+            assert not seen[:, width:].any()
+            expected = nn.functional.pad(expected, (0, seen.shape[1] - width))
+        assert torch.equal(seen[:n], expected)
+
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_loaded_teacher(tmp_path: Path, precision: str) -> None:
@@ -109,7 +122,7 @@ def test_logits_that_are_not_finite_name_the_teacher(tmp_path: Path, value: floa
     bad = load_teacher(tiny_teacher(tmp_path / "bad"), name="the bad one", languages=["sw"])
     with torch.no_grad():
         bad.model.classifier.bias[1] = value
-    message = r"teacher 'the bad one' \(torch.float32\) gave logits that are not finite in 2 of 2"
+    message = r"teacher 'the bad one' \(float32\) gave logits that are not finite in 2 of 2"
     with pytest.raises(RuntimeError, match=message):
         make_pool(good, bad).logits(make_batch())
 
@@ -175,7 +188,7 @@ def test_rows_go_to_the_teachers_of_their_language(tmp_path: Path) -> None:
             continue
         width = int(lengths[rows].max())
         seen = spies[k].calls[0]
-        assert torch.equal(seen["input_ids"], batch["input_ids"][rows, :width])
+        spies[k].assert_saw("input_ids", batch["input_ids"][rows, :width])
         assert seen.keys() == {"input_ids", "attention_mask", "token_type_ids", "return_dict"}
         alone = pool.teachers[k].logits(**batch)[rows]
         torch.testing.assert_close(logits[k, rows], alone, rtol=1e-4, atol=1e-5)
@@ -229,7 +242,7 @@ def test_a_student_as_teacher_gets_its_own_language_ids(tmp_path: Path) -> None:
     spy = Spy(teacher)
     logits, mask = pool.logits(batch)
     assert mask[0].tolist() == [i in (0, 4) for i in IDS.tolist()]
-    assert spy.calls[0]["language_ids"].tolist() == [2, 0, 2, 0]
+    spy.assert_saw("language_ids", torch.tensor([2, 0, 2, 0]))
     rows = mask[0]
     with torch.no_grad():
         expected = student.eval()(
@@ -259,7 +272,7 @@ def test_a_teacher_with_another_tokenizer_reads_the_text(tmp_path: Path) -> None
     logits, mask = pool.logits(batch)
     texts = [batch["text"][n] for n in range(10) if mask[1, n]]
     expected = other(texts, padding=True, truncation=True, max_length=9, return_tensors="pt")
-    assert torch.equal(spy.calls[0]["input_ids"], expected["input_ids"])
+    spy.assert_saw("input_ids", expected["input_ids"])
     assert torch.equal(logits[1, mask[1]], reader.logits(**expected))
     # The second text of a pair arrives in its place.
     pairs = [f"pair {n}" for n in range(10)]
@@ -272,8 +285,8 @@ def test_a_teacher_with_another_tokenizer_reads_the_text(tmp_path: Path) -> None
         max_length=9,
         return_tensors="pt",
     )
-    assert torch.equal(spy.calls[-1]["input_ids"], expected["input_ids"])
-    assert torch.equal(spy.calls[-1]["token_type_ids"], expected["token_type_ids"])
+    spy.assert_saw("input_ids", expected["input_ids"])
+    spy.assert_saw("token_type_ids", expected["token_type_ids"])
     # Without the student's ids, if nobody reads them.
     make_pool(reader).logits({"language_ids": IDS, "text": batch["text"]})
     del batch["text"]
@@ -366,7 +379,9 @@ def test_checkpoints_that_are_no_classifier(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "int8"}, ValueError, "one of float32, bfloat16; got 'int8'"),
+        ({"precision": "int4"}, ValueError, "one of float32, bfloat16, int8; got 'int4'"),
+        ({"engine": "onednn"}, ValueError, "engine='onednn' is for precision 'int8', not 'float32'"),
+        ({"precision": "int8", "engine": "none"}, ValueError, "one of onednn, bitsandbytes, torchao; got 'none'"),
         ({"prior": -1.0}, ValueError, "prior must be finite and at least 0, got -1.0"),
         ({"prior": float("inf")}, ValueError, "prior must be finite and at least 0, got inf"),
         ({"prior": "1"}, TypeError, "prior must be a number, got '1'"),

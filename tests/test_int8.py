@@ -1,0 +1,137 @@
+"""8-bit teachers: exact products of codes, fidelity, memory, loading, and compilation."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_teacher
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from amtss_fast import int8
+from amtss_fast.teachers import Teacher, load_teacher
+
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(int8.why_missing(name) is not None, reason=str(int8.why_missing(name))))
+    for name in ("onednn", "bitsandbytes")
+]
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> int8.Int8Linear:
+    layer = int8.Int8Linear(weight.shape[1], weight.shape[0], bias is not None)
+    values = int8._Quantize().convert({"weight": weight})
+    layer.weight, layer.scale = values["weight"], values["scale"]
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layer.pack()
+    return layer
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16, 3), (7, 768, 64), (64, 130, 770), (300, 1024, 32)])
+def test_the_product_is_that_of_the_codes(shape: tuple[int, int, int], extreme: bool) -> None:
+    n, width, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, width, generator=generator) * torch.logspace(-6, 6, n).unsqueeze(1)
+    weight = torch.randn(outputs, width, generator=generator)
+    if extreme:
+        # All codes at their ends, where sums of pairs in 16 bits would be cut off.
+        x, weight = x.sign() * x.abs().amax(1, keepdim=True), weight.sign()
+        x[::2], weight[::2] = x[::2].abs(), 1.0
+    x[n // 2] = 0
+    bias = torch.randn(outputs, generator=generator)
+    # The same codes in float64.
+    scale = weight.abs().amax(1) / int8.largest_code()
+    step = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    codes = (x * step.reciprocal()).round().double()
+    product = (codes * step) @ ((weight / scale[:, None]).round().double() * scale[:, None]).T
+    for b in (None, bias):
+        expected = product if b is None else product + b
+        size = (codes * step).abs().sum(1, keepdim=True) * weight.abs().amax()
+        error = (packed(weight, b)(x[None])[0] - expected).abs()
+        assert bool((error <= 1e-6 * (size + 1)).all())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_8_bit_teacher(tmp_path: Path, engine: str) -> None:
+    folder = tiny_teacher(tmp_path, hidden_size=256, intermediate_size=1024, initializer_range=0.05)
+    options: dict[str, Any] = {"languages": ["en"], "prior": 2.0}
+    exact = load_teacher(folder, **options)
+    teacher = load_teacher(folder, precision="int8", engine=engine, **options)
+    ids = torch.randint(5, 290, (32, 24), generator=torch.Generator().manual_seed(1))
+    p, q = (t.logits(input_ids=ids, attention_mask=torch.ones_like(ids)) for t in (exact, teacher))
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert 0 < kl < 1e-4
+    assert teacher.memory_footprint() < 0.35 * exact.memory_footprint()
+    assert teacher.precision == f"int8 ({engine})"
+    assert f"int8 ({engine})" in repr(teacher)
+    assert isinstance(teacher.model.classifier, nn.Linear)
+    assert type(teacher.model.bert.pooler.dense) is nn.Linear
+    assert teacher.dtype == torch.float32
+    assert not any(weight.requires_grad for weight in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(tmp_path: Path, precision: str) -> None:
+    teacher = load_teacher(tiny_teacher(tmp_path, hidden_size=64, intermediate_size=256), precision=precision)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 290, (33, 48), generator=generator)
+    mask = (torch.arange(48) < torch.randint(3, 40, (33, 1), generator=generator)).long()
+    ids = ids * mask
+    everything = teacher.logits(input_ids=ids, attention_mask=mask)
+    for rows in (slice(0, 1), slice(4, 6), slice(3, 20), slice(0, 32)):
+        width = int(mask[rows].sum(1).max())
+        alone = teacher.logits(input_ids=ids[rows, :width], attention_mask=mask[rows, :width])
+        assert torch.equal(alone, everything[rows])
+
+
+def test_loading_holds_one_float_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_teacher(tmp_path, num_hidden_layers=3)
+    seen: list[weakref.ref] = []
+    most = 0
+
+    def convert(self: Any, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal most
+        for value in input_dict.values():
+            seen.append(weakref.ref(value[0] if isinstance(value, list) else value))
+        most = max(most, sum(ref() is not None for ref in seen))
+        return original(self, input_dict, **kwargs)
+
+    original = int8._Quantize.convert
+    monkeypatch.setattr(int8._Quantize, "convert", convert)
+    load_teacher(folder, precision="int8")
+    assert len(seen) == 18
+    # The one at hand, and one that the loop may not have let go yet.
+    assert most <= 2
+
+
+def test_one_compilation_serves_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    teacher = load_teacher(tiny_teacher(tmp_path, num_hidden_layers=1), precision="int8", compile=True)
+    eager = Teacher(teacher.model, name="eager", tokenizer=teacher.tokenizer)
+    for rows, length in [(9, 13), (1, 5), (33, 40), (2, 62), (16, 64), (8, 8)]:
+        ids = torch.randint(5, 290, (rows, length))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        torch.testing.assert_close(teacher.logits(**inputs), eager.logits(**inputs), rtol=0, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_teacher(tmp_path)
+    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    for engine in ("bitsandbytes", "torchao"):
+        with pytest.raises(ImportError, match=f"engine '{engine}': it is not installed: pip install {engine}"):
+            load_teacher(folder, precision="int8", engine=engine)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        int8.choose_engine(None, torch.device("cuda"))
+    with pytest.raises(ValueError, match="engine 'onednn' runs on the CPU, not on cuda"):
+        int8.choose_engine("onednn", torch.device("cuda"))
+    monkeypatch.setattr(int8.platform, "machine", lambda: "aarch64")
+    with pytest.raises(ImportError, match="engine 'onednn': it runs on x86-64 CPUs, this is aarch64"):
+        load_teacher(folder, precision="int8")
