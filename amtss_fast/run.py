@@ -215,6 +215,9 @@ class _Run:
         per_step = student.train_batch_size * student.gradient_accumulation_steps * student.world_size
         steps = int(np.ceil(len(self._student_data["train"]) / per_step) * student.num_train_epochs)
         options = {**self.config.training, "kd_weight": 0.0, "ce_weight": 1.0}
+        if options.get("language_sampling") == "adaptive":
+            # Without teachers nothing says which languages lag.
+            options["language_sampling"] = "proportional"
         options["max_steps"] = student.max_steps if student.max_steps > 0 else steps
         self._train(model, data, None, self.arguments(target.name, options), target)
         return model
@@ -418,7 +421,7 @@ _STUDENT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "language_id
 
 def _nested(metrics: dict[str, float], languages: Sequence[str]) -> dict[str, Any]:
     per_language = {
-        code: {name: metrics[f"{name}_{code}"] for name in ("accuracy", "loss", "count")}
+        code: {name: metrics[f"{name}_{code}"] for name in ("accuracy", "gap", "loss", "count")}
         for code in languages
         if f"count_{code}" in metrics
     }
@@ -427,6 +430,7 @@ def _nested(metrics: dict[str, float], languages: Sequence[str]) -> dict[str, An
     return {
         "accuracy": metrics["accuracy"],
         "macro_accuracy": metrics["macro_accuracy"],
+        "worst_accuracy": metrics["worst_accuracy"],
         "loss": loss,
         "per_language": per_language,
     }

@@ -8,6 +8,7 @@ import amtss_fast.training_extra  # noqa: F401
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers.trainer_callback import ExportableState
 
 from amtss_fast.adaptive import AdaptiveStrategy, check_adaptive_options
 from amtss_fast.loss import WEIGHTINGS, AMTSSStats, Weighting, amtss_loss, check_options
+from amtss_fast.sampling import LANGUAGE_SAMPLINGS, LanguageSampler, LanguageSampling, check_sampling
 from amtss_fast.student import AMTSSForSequenceClassification
 from amtss_fast.teachers import TeacherPool
 
@@ -64,6 +66,16 @@ class AMTSSTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Weigh languages by how far the student lags behind its teachers. Default: off."},
     )
+    language_sampling: LanguageSampling | None = field(
+        default=None,
+        metadata={
+            "help": "How languages are drawn; default: the rows of `train_sampling_strategy`, language unseen.",
+            "choices": LANGUAGE_SAMPLINGS,
+        },
+    )
+    language_sampling_exponent: float = field(
+        default=0.3, metadata={"help": 'Of language_sampling="temperature": 1 is proportional, 0 balanced.'}
+    )
     loss_backend: str | None = field(
         default=None, metadata={"help": "Backend of the loss; default: the best that runs the tensors."}
     )
@@ -82,6 +94,15 @@ class AMTSSTrainingArguments(TrainingArguments):
             label_smoothing=self.label_smoothing_factor,
         )
         check_adaptive_options(self.importance_temperature, self.gap_temperature)
+        if self.language_sampling is not None:
+            check_sampling(self.language_sampling, self.language_sampling_exponent)
+            if self.train_sampling_strategy != "random":
+                raise ValueError(
+                    f"language_sampling={self.language_sampling!r} draws the rows itself: it needs "
+                    f'train_sampling_strategy="random", got {str(self.train_sampling_strategy)!r}'
+                )
+        if self.language_sampling == "adaptive" and self.gap_temperature is None:
+            raise ValueError('language_sampling="adaptive" needs gap_temperature, got None')
         super().__post_init__()
 
 
@@ -97,8 +118,9 @@ class AMTSSTrainer(Trainer):
     adaptive strategy, `teacher_importance/NAME/LANGUAGE` and `language_weight/LANGUAGE`.
 
     `importance_temperature` and `gap_temperature` switch the parts of :class:`amtss_fast.AdaptiveStrategy` on, as
-    `adaptive`. It learns from the rows with a label, is saved in checkpoints, and starts from the teachers' margins on
-    the labelled rows of `eval_dataset` where there is one.
+    `adaptive`; with `language_sampling="adaptive"` the language weights act on the sampler in place of the loss. The
+    strategy learns from the rows with a label, is saved in checkpoints, and starts from the teachers' margins on the
+    labelled rows of `eval_dataset` where there is one.
 
     Args:
         teachers: what distils; None trains on the labels alone (then `kd_weight` must be 0).
@@ -147,19 +169,43 @@ class AMTSSTrainer(Trainer):
         self.teachers = teachers
         self._meter = None if teachers is None else _Meter(teachers.names, teachers.languages)
         self.adaptive: AdaptiveStrategy | None = None
+        self._language_sampler: LanguageSampler | None = None
         if teachers is not None and (args.importance_temperature, args.gap_temperature) != (None, None):
-            if args.restore_callback_states_from_checkpoint:
-                raise ValueError(
-                    "restore_callback_states_from_checkpoint=True makes callbacks anew, which the adaptive strategy's "
-                    "cannot be; it is restored from checkpoints without"
-                )
             self.adaptive = AdaptiveStrategy(
                 len(teachers),
                 len(teachers.languages),
                 importance_temperature=args.importance_temperature,
                 gap_temperature=args.gap_temperature,
             )
-            self.add_callback(_KeepsAdaptive(self))
+        if args.language_sampling == "adaptive" and self.adaptive is None:
+            raise ValueError('language_sampling="adaptive" needs teachers')
+        if self.adaptive is not None or args.language_sampling is not None:
+            if args.restore_callback_states_from_checkpoint:
+                raise ValueError(
+                    "restore_callback_states_from_checkpoint=True makes callbacks anew, which those of the adaptive "
+                    "strategy and of language_sampling cannot be; they are restored from checkpoints without"
+                )
+            self.add_callback(_KeepsStrategy(self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args, adaptive = self.args, self.adaptive
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if args.language_sampling is None:
+            return super()._get_train_sampler(rows)
+        weights = None
+        if args.language_sampling == "adaptive":
+            assert adaptive is not None
+            weights = partial(getattr, adaptive, "language_weight")
+        self._language_sampler = LanguageSampler(
+            rows["language_ids"],
+            args.language_sampling,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            exponent=args.language_sampling_exponent,
+            weights=weights,
+            # Sixteen optimiser steps.
+            chunk=16 * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        )
+        return self._language_sampler
 
     def compute_loss(
         self,
@@ -185,7 +231,8 @@ class AMTSSTrainer(Trainer):
             prior = self.teachers.prior.to(student_logits.device)
             if self.adaptive is not None:
                 prior = prior.unsqueeze(1) * self.adaptive.teacher_prior(language_ids)
-                sample_weight = self.adaptive.sample_weight(language_ids)
+                if self.args.language_sampling != "adaptive":
+                    sample_weight = self.adaptive.sample_weight(language_ids)
         loss, stats = amtss_loss(
             student_logits,
             teacher_logits,
@@ -259,36 +306,50 @@ class AMTSSTrainer(Trainer):
         self.adaptive.step()
 
 
-class _KeepsAdaptive(TrainerCallback, ExportableState):
-    """Starts the adaptive strategy, steps it with the optimiser, and keeps it in `trainer_state.json`."""
+class _KeepsStrategy(TrainerCallback, ExportableState):
+    """Steps the adaptive strategy and the language sampler, and keeps both in `trainer_state.json`."""
 
     def __init__(self, trainer: AMTSSTrainer) -> None:
         self._trainer = trainer
 
-    @property
-    def _adaptive(self) -> AdaptiveStrategy:
-        assert self._trainer.adaptive is not None
-        return self._trainer.adaptive
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        adaptive, sampler = self._trainer.adaptive, self._trainer._language_sampler
         if state.global_step > 0:
             saved = cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"]
-            # A JSON number holds every float32 and float64 exactly.
-            self._adaptive.load_state_dict({name: torch.tensor(v, dtype=torch.float64) for name, v in saved.items()})
-        elif self._trainer.eval_dataset is not None:
+            if adaptive is not None:
+                # A JSON number holds every float32 and float64 exactly.
+                adaptive.load_state_dict(
+                    {k: torch.tensor(v, dtype=torch.float64) for k, v in saved["adaptive"].items()}
+                )
+            if sampler is not None:
+                sampler.load_state_dict(saved["sampler"])
+        elif adaptive is not None and self._trainer.eval_dataset is not None:
             self._trainer.start_adaptive()
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer._language_sampler is not None:
+            self._trainer._language_sampler.set_epoch(int(state.epoch or 0))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._adaptive.step()
+        if self._trainer.adaptive is not None:
+            self._trainer.adaptive.step()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {name: v.tolist() for name, v in self._adaptive.state_dict().items()}}
+        adaptive, sampler = self._trainer.adaptive, self._trainer._language_sampler
+        attributes: dict[str, Any] = {}
+        if adaptive is not None:
+            attributes["adaptive"] = {name: v.tolist() for name, v in adaptive.state_dict().items()}
+        if sampler is not None:
+            attributes["sampler"] = sampler.state_dict()
+        return {"args": {}, "attributes": attributes}
 
 
 # Figures of single languages: a line each time would bury the rest.
-_OF_A_LANGUAGE = re.compile(r"/|(accuracy|loss|count)_")
+_OF_A_LANGUAGE = re.compile(r"/|(accuracy|loss|count|gap)_")
 
 
 class _Short:
@@ -352,7 +413,8 @@ class _Meter:
 
 def language_metrics(prediction: EvalPrediction, languages: Sequence[str]) -> dict[str, float]:
     """`accuracy` over all labelled rows; `accuracy_CODE`, `loss_CODE` (cross entropy, nats) and `count_CODE` of each
-    language with labelled rows; and `macro_accuracy`, the mean over these languages.
+    language with labelled rows; `macro_accuracy`, the mean over these languages, `worst_accuracy`, the least of them,
+    and `gap_CODE`, how far a language is below the best one.
 
     `prediction` has logits [N, C] and `label_ids = (labels [N], language_ids [N])`.
     """
@@ -383,4 +445,5 @@ def classification_metrics(
                 f"loss_{code}": float(losses[rows].mean()),
                 f"count_{code}": int(rows.sum()),
             }
-    return metrics | {"macro_accuracy": float(np.mean(macro))}
+    gaps = {f"gap_{code}": max(macro) - metrics[f"accuracy_{code}"] for code in languages if f"count_{code}" in metrics}
+    return metrics | gaps | {"macro_accuracy": float(np.mean(macro)), "worst_accuracy": min(macro)}

@@ -15,7 +15,7 @@ Protocol, fixed before test was looked at:
   labelled rows and initial weights. KD weight (cross entropy gets 1 minus it) and the other settings of a variant are
   chosen by mean accuracy over the tuning seeds, on concepts of the training split that neither student nor teachers
   saw; then fresh seeds are trained once with what was chosen, and tested once on the held-out concepts.
-- Differences are paired; their intervals (95 %) come from a bootstrap over concepts and seeds together, never over rows.
+- Differences are paired; their intervals (95 %) come from a bootstrap over concepts and seeds, never over rows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Texts:
         fit = x[torch.from_numpy(~self.held_out)][::3]
         mean = fit.mean(0)
         _, scale, axes = torch.linalg.svd(fit - mean, full_matrices=False)
-        return (x - mean) @ (axes[:size].T / scale[:size] * len(fit) ** 0.5)
+        white: Tensor = (x - mean) @ (axes[:size].T / scale[:size] * len(fit) ** 0.5)
+        return white
 
 
 def read_texts(encoder: str, cache: Path) -> Texts:
@@ -146,7 +147,9 @@ VARIANTS = {
     "own-group routing": Variant("routing"),
     "adaptive importance": Variant("adaptive", prior_temperatures=(0.05, 0.15)),
     "importance x row margins": Variant("adaptive", BETAS, prior_temperatures=(0.05, 0.15)),
-    "importance x labelled margins": Variant("adaptive", BETAS, prior_temperatures=(0.05, 0.15), labelled_margins_only=True),
+    "importance x labelled margins": Variant(
+        "adaptive", BETAS, prior_temperatures=(0.05, 0.15), labelled_margins_only=True
+    ),
     "labelled margins": Variant(betas=BETAS, labelled_margins_only=True),
     "language weights": Variant("adaptive", prior_temperatures=(float("inf"),), gap_temperatures=(0.1, 0.3)),
     "shuffled row margins": Variant(betas=BETAS, shuffle=True),
@@ -284,7 +287,7 @@ class Student(nn.Module):
 
 
 def batches(language_ids: Tensor, n_languages: int, per_language: int, steps: int) -> Iterator[Tensor]:
-    """Row numbers [L * M], language by language: the same number of each, each language in random order again and again."""
+    """Row numbers [L * M], M of each language in turn; the rows of a language come shuffled, again and again."""
     rows = [(language_ids == language).nonzero().squeeze(1) for language in range(n_languages)]
     queues = [torch.empty(0, dtype=torch.long)] * n_languages
     for _ in range(steps):
@@ -400,7 +403,8 @@ def fixed_prior(s: Situation, variant: Variant, setting: dict[str, Any]) -> Tens
     if variant.prior == "static":
         counts = F.one_hot(ids, s.own.shape[1]).float()
         accuracy = right @ counts / counts.sum(0)
-        return (accuracy / setting["prior_temperature"]).softmax(0)
+        static: Tensor = (accuracy / setting["prior_temperature"]).softmax(0)
+        return static
     if variant.prior == "routing":
         return s.own.float()
     return torch.ones(s.own.shape)
@@ -421,7 +425,10 @@ def run_design(
     chosen = {name: variants[name].settings()[int(np.argmax(scores))] for name, scores in means.items()}
     result: dict[str, Any] = {
         "chosen": chosen,
-        "tuning": {name: [dict(s, accuracy=a) for s, a in zip(variants[name].settings(), means[name], strict=True)] for name in variants},
+        "tuning": {
+            name: [dict(s, accuracy=a) for s, a in zip(variants[name].settings(), means[name], strict=True)]
+            for name in variants
+        },
     }
     if not seeds:
         return result

@@ -34,6 +34,9 @@ SHORT = [
     "training.save_total_limit=3",
     "training.importance_temperature=0.1",
     "training.gap_temperature=0.5",
+    "training.language_sampling=temperature",
+    "training.language_sampling_exponent=0.3",
+    "training.train_sampling_strategy=random",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tiny import LABELS, tiny_bert_config, tiny_teacher, tiny_tokenizer
 
 from amtss_fast.data import DistillationCollator, encode
+from amtss_fast.sampling import LanguageSampler
 from amtss_fast.student import AMTSSForSequenceClassification
 from amtss_fast.teachers import TeacherPool, load_teacher
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
@@ -208,6 +209,27 @@ def test_the_adaptive_strategy_starts_held_out_and_moves_the_loss(tmp_path: Path
     assert len({last[f"language_weight/{code}"] for code in LANGUAGES}) > 1
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_adaptive_sampling_resumes_to_the_same_weights(
+    tmp_path: Path, teacher_folders: list[Path], epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LanguageSampler.__init__
+    monkeypatch.setattr(LanguageSampler, "__init__", lambda self, *a, **k: real(self, *a, **{**k, "chunk": 16}))
+    options = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": epochs, "language_sampling": "adaptive"}
+    options |= {"gap_temperature": 0.02}
+    whole = make_trainer(tmp_path / "run", teacher_folders, **options)
+    whole.train()
+    assert whole._language_sampler is not None
+    drawn = whole._language_sampler.state_dict()
+    assert drawn["epoch"] == epochs - 1
+    if epochs == 1:
+        # Later the student has caught up, and there is no gap left to weigh.
+        assert len({tuple(p) for p in drawn["drawn"]}) > 2
+    resumed = make_trainer(tmp_path / "run", teacher_folders, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{15 * epochs - 10}"))
+    assert torch.equal(weights(whole), weights(resumed))
+
+
 def test_evaluates_each_language_and_keeps_the_best(tmp_path: Path, teacher_folders: list[Path]) -> None:
     trainer = make_trainer(
         tmp_path,
@@ -267,6 +289,10 @@ def test_options_reach_the_loss(tmp_path: Path, teacher_folders: list[Path]) -> 
         ({"kd_weight": 0.0, "ce_weight": 0.0}, "must not both be 0"),
         ({"label_smoothing_factor": 1.5}, "label_smoothing must be in"),
         ({"importance_temperature": 0.0}, "importance_temperature must be above 0"),
+        ({"language_sampling": "even"}, "language_sampling must be one of"),
+        ({"language_sampling": "balanced", "train_sampling_strategy": "group_by_length"}, "draws the rows itself"),
+        ({"language_sampling": "adaptive"}, "needs gap_temperature"),
+        ({"language_sampling": "temperature", "language_sampling_exponent": 2.0}, r"must be in \[0, 1\], got 2.0"),
     ],
 )
 def test_arguments_are_checked(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -292,6 +318,9 @@ def test_metrics_of_each_language() -> None:
     assert metrics["accuracy_en"] == 2 / 3
     assert metrics["accuracy_sw"] == 1
     assert metrics["macro_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["worst_accuracy"] == 2 / 3
+    assert metrics["gap_en"] == pytest.approx(1 / 3)
+    assert metrics["gap_sw"] == 0
     assert metrics["count_en"] == 3
     assert metrics["loss_en"] == pytest.approx(-(math.log(0.7) + math.log(0.8) + math.log(0.4)) / 3)
     assert "accuracy_ur" not in metrics
