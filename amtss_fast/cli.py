@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     # argparse ends a list of positional arguments at the first option: `train demo --resume key=value`.
     options.overrides = [*getattr(options, "overrides", []), *rest]
-    if rest and (options.command not in (_demo, _train, _evaluate) or any(item.startswith("-") for item in rest)):
+    if rest and (
+        options.command not in (_demo, _train, _cache, _evaluate) or any(item.startswith("-") for item in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.command(options)
@@ -69,6 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     how.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
 
+    cache = add(
+        "cache",
+        _cache,
+        "compute the teachers' logits of a run once",
+        "`train` reads them from then on. Killed, it goes on where it was when started again.\n\nexamples:\n"
+        "  amtss-fast cache my.yaml teacher_cache.path=runs/cache\n"
+        "  accelerate launch -m amtss_fast.cli cache my.yaml",
+    )
+    cache.add_argument("config", help="a YAML file, or a shipped configuration by name")
+    cache.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
     evaluate = add("evaluate", _evaluate, "accuracy of a run's student in each language")
     evaluate.add_argument("run", type=Path, help="the folder of a run")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
@@ -113,6 +126,13 @@ def _train(options: argparse.Namespace) -> None:
 
     folder = run(load_config(options.config, options.overrides), overwrite=options.overwrite, resume=options.resume)
     _show(folder)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from amtss_fast.config import load_config
+    from amtss_fast.run import compute_cache
+
+    print("\n".join(compute_cache(load_config(options.config, options.overrides))))
 
 
 def _report(options: argparse.Namespace) -> None:

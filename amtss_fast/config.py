@@ -8,7 +8,7 @@ import amtss_fast.training_extra  # noqa: F401
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,6 +90,17 @@ class TeacherConfig(_Section):
     """`AMTSSTrainingArguments` that differ from the run's `teacher_training`."""
 
 
+class CacheConfig(_Section):
+    """Teachers' logits computed once by `amtss-fast cache` and read in training."""
+
+    path: str
+    """A folder; several runs may share it."""
+    format: Literal["float32", "bfloat16", "codes"] | None = None
+    """Default: float32 up to 64 classes, 8-bit codes above."""
+    shard_rows: int = Field(default=8192, gt=0)
+    batch_size: int = Field(default=64, gt=0)
+
+
 class RunConfig(_Section):
     """One run: data, teachers, student, and the folder that it leaves."""
 
@@ -100,6 +111,8 @@ class RunConfig(_Section):
     teachers: list[TeacherConfig] = Field(min_length=1)
     """At least one; their names differ."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    teacher_cache: CacheConfig | None = None
+    """Train from cached logits, which `amtss-fast cache` computes; default: ask the teachers in each step."""
     teacher_training: dict[str, Any] = {}
     training: dict[str, Any] = {}
     labels_only: bool = False

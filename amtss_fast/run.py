@@ -38,10 +38,12 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from amtss_fast.config import ModelConfig, RunConfig, TeacherConfig
+from amtss_fast.cache import ROW, CachedTeachers, CacheEntry, default_format, files_digest, pool_logits
+from amtss_fast.config import CacheConfig, ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data, split_data
+from amtss_fast.int8 import choose_engine
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
-from amtss_fast.student import AMTSSForSequenceClassification, load_tokenizer
+from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
 from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
@@ -74,6 +76,25 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
     disable_progress_bar()
     run.carry_out(state)
     return folder
+
+
+def compute_cache(config: RunConfig) -> list[str]:
+    """Computes the teachers' logits that `config.teacher_cache` lacks; a line about each teacher.
+
+    Teachers that the run has to train first are trained, in the folder of the run.
+
+    Raises:
+        FileExistsError, ValueError: as :func:`run`, which goes on there with `resume`; no `teacher_cache`.
+    """
+    run = _Run(config, Path(config.output_dir), resume=True)
+    run.arguments(STUDENT, config.training).device  # noqa: B018
+    run._cache  # noqa: B018
+    state = PartialState()
+    if state.is_main_process and any(teacher.path is None for teacher in config.teachers):
+        _prepare(run.folder, config, overwrite=False, resume=True)
+    state.wait_for_everyone()
+    disable_progress_bar()
+    return run.compute_cache(state)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -115,15 +136,17 @@ class _Run:
         seconds: dict[str, float] = {}
         students: dict[str, AMTSSForSequenceClassification] = {}
 
-        teachers = [self._teacher(teacher) for teacher in self.config.teachers]
-        pool = TeacherPool(teachers, label_names=self.label_names, languages=self.languages, tokenizer=self.tokenizer)
+        for teacher in self.config.teachers:
+            self._source(teacher)
+        # From a cache the student learns before any teacher is loaded.
+        pool = self._pool() if self.config.teacher_cache is None else None
         seconds["teachers"] = time.time() - started
 
         started_student = time.time()
-        students[STUDENT], trainer = self._train_student(pool)
+        students[STUDENT], trainer = self._train_student(pool or self._cached_teachers())
         seconds["student"] = time.time() - started_student
         if trainer is not None and state.is_main_process:
-            self._write_log(trainer.state.log_history, pool.names)
+            self._write_log(trainer.state.log_history, [teacher.name for teacher in self.config.teachers])
 
         if self.config.labels_only:
             started_baseline = time.time()
@@ -132,7 +155,7 @@ class _Run:
 
         if not state.is_main_process:
             return
-        metrics = self._evaluate(pool, students)
+        metrics = self._evaluate(pool or self._pool(), students)
         seconds["total"] = time.time() - started
         metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
@@ -164,26 +187,141 @@ class _Run:
         texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
         return train_tokenizer(texts, self.config.tokenizer.vocab_size)
 
-    # The three kinds of training.
+    def _source(self, teacher: TeacherConfig) -> str | Path:
+        """Where a teacher is, trained now if it is not there yet."""
+        if teacher.path is not None:
+            return teacher.path
+        source = self.folder / "teachers" / teacher.name
+        if not source.is_dir():
+            self._train_teacher(teacher, source)
+        return source
 
     def _teacher(self, teacher: TeacherConfig) -> Teacher:
-        source: str | Path | None = teacher.path
-        if source is None:
-            source = self.folder / "teachers" / teacher.name
-            if not source.is_dir():
-                self._train_teacher(teacher, source)
         return load_teacher(
-            source,
+            self._source(teacher),
             precision=teacher.precision,
             engine=teacher.engine,
             compile=teacher.compile,
             languages=teacher.languages,
             prior=teacher.prior,
             tokenizer=teacher.tokenizer,
-            device=self.arguments(STUDENT, self.config.training).device,
+            device=self._device,
             label_names=teacher.label_names,
             name=teacher.name,
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.arguments(STUDENT, self.config.training).device
+
+    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TeacherPool:
+        return TeacherPool(
+            [self._teacher(teacher) for teacher in teachers or self.config.teachers],
+            label_names=self.label_names,
+            languages=self.languages,
+            tokenizer=self.tokenizer,
+        )
+
+    # Cached logits.
+
+    def compute_cache(self, state: PartialState) -> list[str]:
+        """Computes what is missing of the teachers' logits; a line about each of them."""
+        cache = self._cache
+        lines = []
+        for teacher in self.config.teachers:
+            started = time.time()
+            entries = self._entries(teacher)
+            # One teacher at a time is in memory.
+            pool = self._pool([teacher])
+            collate = DistillationCollator(self.tokenizer, keep_text=pool.needs_text)
+            computed = 0
+            for split, entry in entries.items():
+                rows = self._encoded(split, pool.needs_text)
+                computed += entry.compute(
+                    pool_logits(pool, rows, collate, cache.batch_size),
+                    rank=state.process_index,
+                    world_size=state.num_processes,
+                )
+            state.wait_for_everyone()
+            size = sum(file.stat().st_size for entry in entries.values() for file in entry.folder.glob("*.arrow"))
+            shards = sum(entry.shards for entry in entries.values())
+            rows_ = sum(entry.rows for entry in entries.values())
+            lines.append(
+                f"{teacher.name}: {rows_:,} rows of {', '.join(entries)} in {size / 1e6:,.1f} MB "
+                f"({entry.format}), {computed} of {shards} shards computed here in {time.time() - started:.1f} s"
+            )
+        return lines
+
+    def _cached_teachers(self) -> CachedTeachers:
+        teachers = self.config.teachers
+        return CachedTeachers(
+            [[entry.open() for entry in self._entries(teacher).values()] for teacher in teachers],
+            names=[teacher.name for teacher in teachers],
+            priors=[teacher.prior for teacher in teachers],
+            teaches=torch.tensor([[code in self._taught(t) for code in self.languages] for t in teachers]),
+            label_names=self.label_names,
+            languages=self.languages,
+        )
+
+    @property
+    def _cache(self) -> CacheConfig:
+        if self.config.teacher_cache is None:
+            raise ValueError("the configuration has no teacher_cache: give teacher_cache.path, a folder")
+        return self.config.teacher_cache
+
+    def _taught(self, teacher: TeacherConfig) -> list[str]:
+        """The run's languages in which its logits are asked for."""
+        config = AutoConfig.from_pretrained(self._source(teacher), trust_remote_code=False)
+        codes = teacher.languages or (config.languages if isinstance(config, AMTSSConfig) else self.languages)
+        return [code for code in self.languages if code in codes and teacher.prior > 0]
+
+    def _entries(self, teacher: TeacherConfig) -> dict[str, CacheEntry]:
+        """A teacher's cached logits by split: the training rows, and the validation's if the trainer asks for them."""
+        cache = self._cache
+        engine = teacher.engine
+        if teacher.precision == "int8":
+            engine = choose_engine(engine, self._device)
+        key = {
+            "weights": files_digest(self._source(teacher)),
+            "tokenizer": None if teacher.tokenizer is None else files_digest(teacher.tokenizer),
+            "precision": teacher.precision,
+            "engine": engine,
+            "compile": teacher.compile,
+            "labels": self.label_names,
+            "teacher's labels": teacher.label_names,
+            "languages": self._taught(teacher),
+        }
+        entries = {}
+        for split in self._cached_splits:
+            rows = self._encoded(split)
+            entries[split] = CacheEntry(
+                root=Path(cache.path),
+                teacher=teacher.name,
+                split=split,
+                key={"data": rows._fingerprint, **key},
+                rows=len(rows),
+                classes=len(self.label_names),
+                format=cache.format or default_format(len(self.label_names)),
+                shard_rows=cache.shard_rows,
+            )
+        return entries
+
+    @property
+    def _cached_splits(self) -> list[str]:
+        arguments = self.arguments(STUDENT, self.config.training)
+        adaptive = (arguments.importance_temperature, arguments.gap_temperature) != (None, None)
+        return ["train", "validation"] if adaptive and "validation" in self.data else ["train"]
+
+    def _encoded(self, split: str, keep_text: bool = False) -> Dataset:
+        return encode(
+            self.data[split],
+            self.tokenizer,
+            languages=self.languages,
+            max_length=self.config.data.max_length,
+            keep_text=keep_text,
+        )
+
+    # The three kinds of training.
 
     def _train_teacher(self, teacher: TeacherConfig, target: Path) -> None:
         assert teacher.model is not None
@@ -194,7 +332,9 @@ class _Run:
         )
         self._train(model, data, None, self.teacher_arguments(teacher), target)
 
-    def _train_student(self, pool: TeacherPool) -> tuple[AMTSSForSequenceClassification, AMTSSTrainer | None]:
+    def _train_student(
+        self, pool: TeacherPool | CachedTeachers
+    ) -> tuple[AMTSSForSequenceClassification, AMTSSTrainer | None]:
         target = self.folder / STUDENT
         if target.is_dir():
             return AMTSSForSequenceClassification.from_pretrained(target), None
@@ -258,7 +398,7 @@ class _Run:
         self,
         model: AMTSSForSequenceClassification,
         data: DatasetDict,
-        pool: TeacherPool | None,
+        pool: TeacherPool | CachedTeachers | None,
         arguments: AMTSSTrainingArguments,
         target: Path,
     ) -> AMTSSTrainer:
@@ -270,6 +410,12 @@ class _Run:
             max_length=self.config.data.max_length,
             keep_text=keep_text,
         )
+        if isinstance(pool, CachedTeachers):
+            start = 0
+            for split in self._cached_splits:
+                numbers = np.arange(start, start + len(encoded[split]))
+                encoded[split] = encoded[split].add_column(ROW, numbers)
+                start += len(numbers)
         trainer = AMTSSTrainer(
             model,
             arguments,

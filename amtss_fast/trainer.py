@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from amtss_fast.adaptive import AdaptiveStrategy, check_adaptive_options
+from amtss_fast.cache import ROW, CachedTeachers
 from amtss_fast.loss import WEIGHTINGS, AMTSSStats, Weighting, amtss_loss, check_options
 from amtss_fast.sampling import LANGUAGE_SAMPLINGS, LanguageSampler, LanguageSampling, check_sampling
 from amtss_fast.student import AMTSSForSequenceClassification
@@ -137,7 +138,7 @@ class AMTSSTrainer(Trainer):
         model: AMTSSForSequenceClassification,
         args: AMTSSTrainingArguments,
         *,
-        teachers: TeacherPool | None = None,
+        teachers: TeacherPool | CachedTeachers | None = None,
         **kwargs: Any,
     ) -> None:
         if (teachers is None) != (args.kd_weight == 0):
@@ -215,13 +216,13 @@ class AMTSSTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The distillation loss in training, the labels' cross entropy in evaluation."""
-        texts = ("text", "text_pair")
+        for_teachers = ("text", "text_pair", ROW)
         if not model.training:
-            outputs = model(**{name: value for name, value in inputs.items() if name not in texts})
+            outputs = model(**{name: value for name, value in inputs.items() if name not in for_teachers})
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         labels, language_ids = inputs["labels"], inputs["language_ids"]
         sample_weight = None
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", *texts)})
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", *for_teachers)})
         student_logits = outputs.logits
         if self.teachers is None:
             # The loss wants a teacher; with kd_weight 0 nobody looks at it.
@@ -286,7 +287,7 @@ class AMTSSTrainer(Trainer):
             for batch in self.get_eval_dataloader(rows):
                 teacher_logits, mask = self.teachers.logits(batch)
                 _, stats = amtss_loss(
-                    torch.zeros_like(teacher_logits[0]),
+                    torch.zeros(len(batch["labels"]), len(self.teachers.label_names), device=mask.device),
                     teacher_logits,
                     batch["labels"],
                     temperature=self.args.temperature,

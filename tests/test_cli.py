@@ -202,3 +202,34 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["[]", "the training half needs datasets: pip install 'amtss-fast[train]'"]
+
+
+def test_training_from_cached_logits(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teachers = []
+    for name in ("east", "south"):
+        shutil.copytree(run / "teachers" / name, tmp_path / name)
+        teachers.append(f"{{name: {name}, path: {tmp_path / name}, languages: [sw]}}")
+    settings = [setting for setting in SHORT if setting.startswith(("tokenizer", "student", "training"))]
+    arguments = [
+        *settings[:-2],
+        "data.languages=[sw]",
+        "labels_only=false",
+        f"teachers=[{', '.join(teachers)}]",
+        f"output_dir={tmp_path / 'run'}",
+        f"teacher_cache.path={tmp_path / 'cache'}",
+    ]
+    # In another process: what it computes is found again.
+    command = [sys.executable, "-m", "amtss_fast.cli", "cache", "demo", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"(\w+): [\d,]+ rows of train in [\d.]+ MB \(float32\), 1 of 1 shards computed", done.stdout)
+    assert found == ["east", "south"]
+    assert not (tmp_path / "run").exists()
+    assert main(["--trace", "train", "demo", *arguments]) == 0
+    assert read(tmp_path / "run" / "metrics.json")["test"]["teacher:east"]["accuracy"] > 0
+    # Another teacher under the same name is not the one that was cached.
+    shutil.copytree(tmp_path / "south", tmp_path / "east", dirs_exist_ok=True)
+    assert main(["train", "demo", *arguments, "--overwrite"]) == 2
+    assert re.search(r"differs in .*weights \(cached: '\w+', now: '\w+'\)", capsys.readouterr().err)
+    assert main(["cache", "demo", *arguments[:-1]]) == 2
+    assert "the configuration has no teacher_cache: give teacher_cache.path, a folder" in capsys.readouterr().err
