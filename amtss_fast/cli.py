@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse ends a list of positional arguments at the first option: `train demo --resume key=value`.
     options.overrides = [*getattr(options, "overrides", []), *rest]
     if rest and (
-        options.command not in (_demo, _train, _cache, _evaluate) or any(item.startswith("-") for item in rest)
+        options.command not in (_demo, _train, _cache, _teachers, _evaluate)
+        or any(item.startswith("-") for item in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -82,6 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("config", help="a YAML file, or a shipped configuration by name")
     cache.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
+    teachers = add(
+        "teachers",
+        _teachers,
+        "measure what 16 and 8 bits change in a run's teachers, and say which precision to use",
+        "\n\nexamples:\n"
+        "  amtss-fast teachers check my.yaml\n"
+        "  amtss-fast teachers check my.yaml --precisions int8 --rows 300",
+    )
+    teachers.add_argument("action", choices=["check"], help="what to do")
+    teachers.add_argument("config", help="a YAML file, or a shipped configuration by name")
+    teachers.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    teachers.add_argument("--precisions", default="bfloat16,int8", help="comma-separated (default: %(default)s)")
+    teachers.add_argument("--rows", type=int, default=960, help="rows to ask them about (default: %(default)s)")
+    teachers.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: %(default)s)")
+    teachers.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
     evaluate = add("evaluate", _evaluate, "accuracy of a run's student in each language")
     evaluate.add_argument("run", type=Path, help="the folder of a run")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
@@ -133,6 +150,17 @@ def _cache(options: argparse.Namespace) -> None:
     from amtss_fast.run import compute_cache
 
     print("\n".join(compute_cache(load_config(options.config, options.overrides))))
+
+
+def _teachers(options: argparse.Namespace) -> None:
+    from amtss_fast.config import load_config
+    from amtss_fast.precision import format_changes
+    from amtss_fast.run import check_teachers
+
+    config = load_config(options.config, options.overrides)
+    results = check_teachers(config, options.precisions.split(","), options.rows, options.batch_size)
+    names = [teacher.name for teacher in config.teachers]
+    print(json.dumps(results, ensure_ascii=False) if options.json else format_changes(results, names))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -42,9 +42,11 @@ from amtss_fast.cache import ROW, CachedTeachers, CacheEntry, default_format, fi
 from amtss_fast.config import CacheConfig, ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data, split_data
 from amtss_fast.int8 import choose_engine
+from amtss_fast.loss import amtss_loss
+from amtss_fast.precision import Answers, ask, changes
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
-from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
+from amtss_fast.teachers import PRECISIONS, Teacher, TeacherPool, load_teacher
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
 _FILES = ("config.yaml", "log.jsonl", "metrics.json", "report.html")
@@ -95,6 +97,30 @@ def compute_cache(config: RunConfig) -> list[str]:
     state.wait_for_everyone()
     disable_progress_bar()
     return run.compute_cache(state)
+
+
+def check_teachers(
+    config: RunConfig, precisions: Sequence[str] = ("bfloat16", "int8"), rows: int = 960, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """What fewer bits change in a run's teachers, as :func:`amtss_fast.precision.changes` gives it.
+
+    On the first `rows` rows of the validation split (else of the training rows), in equal shares of the languages. One
+    teacher at a time is in memory. Teachers that the run trains must be there.
+
+    Raises:
+        FileNotFoundError: a teacher that is not trained yet.
+        ValueError: an unknown precision.
+    """
+    unknown = [name for name in precisions if name not in PRECISIONS or name == "float32"]
+    if unknown or not precisions:
+        raise ValueError(f"precisions must be among {', '.join(PRECISIONS[1:])}; got {', '.join(precisions)}")
+    run = _Run(config, Path(config.output_dir), resume=True)
+    for teacher in config.teachers:
+        folder = run.folder / "teachers" / teacher.name
+        if teacher.path is None and not folder.is_dir():
+            raise FileNotFoundError(f"teacher {teacher.name!r} is not trained yet: no {folder}")
+    disable_progress_bar()
+    return run.check_teachers(precisions, rows, batch_size)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -221,6 +247,39 @@ class _Run:
             languages=self.languages,
             tokenizer=self.tokenizer,
         )
+
+    # What fewer bits change.
+
+    def check_teachers(self, precisions: Sequence[str], n_rows: int, batch_size: int) -> list[dict[str, Any]]:
+        split = "validation" if "validation" in self.data else "train"
+        # As many rows of each language, so that small languages count.
+        found = np.array(self.data[split]["language"])
+        each = -(-n_rows // len(self.languages))
+        chosen = np.sort(np.concatenate([np.flatnonzero(found == code)[:each] for code in self.languages]))
+        answers: dict[str, list[Answers]] = {precision: [] for precision in ("float32", *precisions)}
+        for teacher in self.config.teachers:
+            for precision, listed in answers.items():
+                engine = teacher.engine if precision == "int8" else None
+                pool = self._pool([teacher.model_copy(update={"precision": precision, "engine": engine})])
+                rows = list(self._encoded(split, pool.needs_text).select(chosen))
+                collate = DistillationCollator(self.tokenizer, keep_text=pool.needs_text)
+                listed.append(ask(pool, rows, collate, batch_size))
+        language_ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("language_ids", "labels"))
+        arguments = self.arguments(STUDENT, self.config.training)
+        stats = {}
+        for precision, listed in answers.items():
+            _, stats[precision] = amtss_loss(
+                torch.zeros(len(rows), len(self.label_names)),
+                [answer.logits for answer in listed],
+                labels,
+                temperature=arguments.temperature,
+                weighting=arguments.weighting,
+                weight_temperature=arguments.weight_temperature,
+                teacher_prior=torch.tensor([teacher.prior for teacher in self.config.teachers]),
+                teacher_mask=torch.stack([answer.taught for answer in listed]),
+                return_stats=True,
+            )
+        return changes([t.name for t in self.config.teachers], self.languages, language_ids, answers, stats)
 
     # Cached logits.
 

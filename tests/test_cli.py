@@ -233,3 +233,23 @@ def test_training_from_cached_logits(run: Path, tmp_path: Path, capsys: pytest.C
     assert re.search(r"differs in .*weights \(cached: '\w+', now: '\w+'\)", capsys.readouterr().err)
     assert main(["cache", "demo", *arguments[:-1]]) == 2
     assert "the configuration has no teacher_cache: give teacher_cache.path, a folder" in capsys.readouterr().err
+
+
+def test_teachers_check(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"output_dir={run}", *SHORT]
+    assert main(["--trace", "teachers", "check", "demo", *overrides, "--rows", "60", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(r["teacher"], r["precision"]) for r in results] == [
+        (name, precision) for precision in ("bfloat16", "int8") for name in ("west", "east", "south")
+    ]
+    assert [list(r["languages"]) for r in results[3:]] == [["en"], ["sw"], ["en", "sw"]]
+    for result in results:
+        assert all(v["rows"] == 30 and v["kl"] > 0 and v["margin_change"] > 0 for v in result["languages"].values())
+        assert result["speedup"] > 0
+        assert 0.2 < result["memory_share"] < 0.7
+    # One teacher alone has the weight 1, whatever its bits.
+    assert results[0]["languages"]["en"]["weight_change"] > 0
+    assert main(["teachers", "check", "demo", *overrides, "--precisions", "int4"]) == 2
+    assert "precisions must be among bfloat16, int8; got int4" in capsys.readouterr().err
+    assert main(["teachers", "check", "demo", *SHORT, f"output_dir={run / 'none'}"]) == 2
+    assert "teacher 'west' is not trained yet" in capsys.readouterr().err
