@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse ends a list of positional arguments at the first option: `train demo --resume key=value`.
     options.overrides = [*getattr(options, "overrides", []), *rest]
     if rest and (
-        options.command not in (_demo, _train, _cache, _teachers, _evaluate)
+        options.command not in (_demo, _train, _cache, _teachers, _evaluate, _add_language)
         or any(item.startswith("-") for item in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -99,6 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     teachers.add_argument("--batch-size", type=int, default=32, help="rows per forward pass (default: %(default)s)")
     teachers.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
+    new = add(
+        "add-language",
+        _add_language,
+        "teach the student of a run another language, without moving the others",
+        "\nIts projection starts as a copy of the nearest language's and is trained alone. RUN stays as it is; the\n"
+        "new run (default: RUN-CODE beside it) reports all languages before and after."
+        "\n\nexamples:\n"
+        "  amtss-fast add-language runs/demo sw data=sw.csv\n"
+        "  amtss-fast add-language runs/demo sw data=texts.jsonl data.language_default=sw data.label=null\n"
+        "  amtss-fast add-language runs/demo sw --rows 200 --replay training.max_steps=500",
+    )
+    new.add_argument("run", type=Path, help="the folder of a run")
+    new.add_argument("code", help="the new language")
+    new.add_argument("overrides", nargs="*", metavar="key=value", help=f"data=FILE (its texts), and {OVERRIDES}")
+    new.add_argument("--like", default="nearest", help="nearest, mean, or a language to start from (default: nearest)")
+    new.add_argument("--own-classifier", action="store_true", help="give each language a classifier of its own")
+    new.add_argument("--replay", action="store_true", help="train the whole student on old and new texts")
+    new.add_argument("--rows", type=int, help="the most training texts of the new language")
+    new.add_argument("--overwrite", action="store_true", help="replace the new run if it is there")
+
     evaluate = add("evaluate", _evaluate, "accuracy of a run's student in each language")
     evaluate.add_argument("run", type=Path, help="the folder of a run")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
@@ -161,6 +181,14 @@ def _teachers(options: argparse.Namespace) -> None:
     results = check_teachers(config, options.precisions.split(","), options.rows, options.batch_size)
     names = [teacher.name for teacher in config.teachers]
     print(json.dumps(results, ensure_ascii=False) if options.json else format_changes(results, names))
+
+
+def _add_language(options: argparse.Namespace) -> None:
+    from amtss_fast.new_language import add_language
+
+    names = ("like", "own_classifier", "replay", "rows", "overwrite")
+    chosen = {name: getattr(options, name) for name in names}
+    _show(add_language(options.run, options.code, options.overrides, **chosen))
 
 
 def _report(options: argparse.Namespace) -> None:

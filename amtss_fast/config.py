@@ -146,6 +146,11 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunC
     values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping, found {type(values).__name__}")
+    return parse_config(values, overrides, str(path))
+
+
+def parse_config(values: dict[str, Any], overrides: Sequence[str], origin: str) -> RunConfig:
+    """A configuration from nested mappings, which the overrides change; raises as :func:`load_config`."""
     for override in overrides:
         _override(values, override)
     try:
@@ -154,7 +159,7 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunC
         problems = "\n".join(
             f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
         )
-        raise ValueError(f"{path} is not a valid configuration:\n{problems}") from error
+        raise ValueError(f"{origin} is not a valid configuration:\n{problems}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -366,6 +366,20 @@ class AMTSSForSequenceClassification(PreTrainedModel):
         self.config.languages = languages
         return len(languages) - 1
 
+    def split_classifier(self) -> None:
+        """Gives each language a classifier of its own, a copy of the shared one; all logits keep their bits.
+
+        Make the optimizer after this call.
+
+        Raises:
+            ValueError: each language has its own already.
+        """
+        if self.config.classifier == "per_language":
+            raise ValueError("classifier is 'per_language' already")
+        shared = self.classifiers[0]
+        self.classifiers = nn.ModuleList(copy.deepcopy(shared) for _ in self.config.languages)
+        self.config.classifier = "per_language"
+
     def freeze_all_but(self, languages: str | Sequence[str]) -> None:
         """Leaves only these languages' projections (and classifiers, if per language) trainable.
 

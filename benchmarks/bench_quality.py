@@ -48,7 +48,8 @@ GROUPS = {
     "south": ["en", "ar", "ur", "hi", "th", "zh", "vi"],
 }
 LAYERS = (2, 3, 4, 6, 9, 12)
-STUDENT_LAYER = 3
+STUDENT_LAYER, STUDENT_SIZE = 3, 96
+ROWS_PER_LANGUAGE = 16
 LABELS_ONLY, UNIFORM = "labels only", "uniform"
 
 
@@ -188,7 +189,7 @@ def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Si
 
     student_rows, calibration_rows = rows(learned), rows(calibration)
     eval_rows = torch.from_numpy(np.flatnonzero(texts.held_out)) if test else rows(tuning)
-    x = components(texts, STUDENT_LAYER, 128)
+    x = components(texts, STUDENT_LAYER, STUDENT_SIZE)
     x_teacher = components(texts, design.teacher_layer, design.teacher_size)
 
     # Which rows each teacher may learn from, before concepts.
@@ -304,7 +305,7 @@ def train_student(s: Situation, variant: Variant, setting: dict[str, Any], seed:
     """Trains one student; returns [N] whether each row of the evaluation is right."""
     torch.manual_seed(seed)
     n_teachers, _, n_classes = s.teacher_logits.shape
-    n_languages, per_language = s.own.shape[1], 32
+    n_languages, per_language = s.own.shape[1], ROWS_PER_LANGUAGE
     kd_weight: float = setting["kd_weight"]
     prior = fixed_prior(s, variant, setting)[:, s.language_ids]  # [K, N]
     logits, beta = s.teacher_logits, setting["beta"]
