@@ -73,8 +73,12 @@ def _int8_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: T
     step = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_()).div_(127)
     # A row of zeros has codes 0, not NaN.
     step.clamp_(min=1e-30)
-    # To int8 and not to uint8, which is not vectorised either; flipping the highest bit adds 128.
-    codes = torch.mul(rows, step.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+    inverse, codes = step.reciprocal(), torch.empty(rows.shape, dtype=torch.int8)
+    # In blocks, so that the products stay in the cache. To int8 and not to uint8, which is not vectorised either;
+    # flipping the highest bit adds 128.
+    for part, by, to in zip(rows.split(256), inverse.split(256), codes.split(256), strict=True):
+        to.copy_(torch.mul(part, by).round_())
+    codes = codes.view(torch.uint8).bitwise_xor_(128)
     y = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )

@@ -171,9 +171,8 @@ class Teacher:
             for name, value in batch.items()
             if name in self._inputs and value is not None
         }
-        rows = len(inputs["input_ids"])
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            output: Tensor = self._forward(**self._padded(inputs), return_dict=True).logits[:rows]
+            output = self._in_groups(inputs)
             finite = output.isfinite().all(-1)
             if not finite.all():
                 raise RuntimeError(
@@ -182,6 +181,33 @@ class Teacher:
                 )
         # Tensors of inference mode cannot be saved for a backward pass; a copy made outside can.
         return output.clone()
+
+    def _in_groups(self, inputs: dict[str, Any]) -> Tensor:
+        """On CPUs rows of like length go together, as padding costs what words cost; on CUDA all rows at once."""
+        n, length = inputs["input_ids"].shape
+        mask = inputs.get("attention_mask")
+        groups = [slice(n)]
+        if mask is not None and self.device.type == "cpu":
+            lengths, order = mask.sum(1).sort(descending=True, stable=True)
+            groups = _groups(lengths.tolist())
+        if len(groups) == 1:
+            return cast(Tensor, self._forward(**self._padded(inputs), return_dict=True).logits[:n])
+        parts = []
+        for group in groups:
+            rows = order[group]
+            part = {
+                name: value[rows] if isinstance(value, Tensor) and len(value) == n else value
+                for name, value in inputs.items()
+            }
+            used = part["attention_mask"].any(0).nonzero().squeeze(1)
+            # On the right only: positions may count from the first column.
+            columns = slice(int(used[-1]) + 1 if len(used) else 1)
+            part = {
+                name: value[:, columns] if isinstance(value, Tensor) and value.shape[1:] == (length,) else value
+                for name, value in part.items()
+            }
+            parts.append(self._forward(**self._padded(part), return_dict=True).logits[: len(rows)])
+        return torch.cat(parts)[order.argsort()]
 
     def _padded(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """At least `_ROWS` rows, by copies of the first, and a multiple of `_COLUMNS` tokens if it takes them."""
@@ -514,6 +540,16 @@ class TeacherPool:
                 f"batch['input_ids'] has {last - first}: truncate to that"
             )
         return {name: value[:, first:last] for name, value in inputs.items()}
+
+
+def _groups(lengths: Sequence[int]) -> list[slice]:
+    """Places of rows sorted from long to short, cut where at least `_ROWS` rows begin that are a quarter shorter."""
+    groups, start = [], 0
+    for row in range(_ROWS, len(lengths) - _ROWS + 1):
+        if row - start >= _ROWS and lengths[row] <= 0.75 * lengths[start]:
+            groups.append(slice(start, row))
+            start = row
+    return [*groups, slice(start, len(lengths))]
 
 
 def _label_names(model: PreTrainedModel, name: str, label_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -76,6 +76,26 @@ def test_an_8_bit_teacher(tmp_path: Path, engine: str) -> None:
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
 
 
+def test_rows_of_like_length_go_together(tmp_path: Path) -> None:
+    teacher = load_teacher(tiny_teacher(tmp_path))
+    lengths = torch.tensor([40, 9, 40, 8] * 4 + [7, 30, 22, 21, 41])
+    ids = torch.randint(5, 290, (21, 41), generator=torch.Generator().manual_seed(0))
+    for left in (False, True):
+        place = torch.arange(41).flip(0) if left else torch.arange(41)
+        mask = (place < lengths.unsqueeze(1)).long()
+        seen: list[tuple[int, ...]] = []
+        hook = teacher.model.register_forward_pre_hook(
+            lambda model, args, kwargs, seen=seen: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        together = teacher.logits(input_ids=ids * mask, attention_mask=mask)
+        hook.remove()
+        # Nine rows of 40 and 41 tokens, then twelve of 7 to 30, each padded to a multiple of 8.
+        assert seen == [(9, 48), (12, 48 if left else 32)]
+        with torch.no_grad():
+            expected = teacher.model(input_ids=ids * mask, attention_mask=mask).logits
+        torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(tmp_path: Path, precision: str) -> None:
     teacher = load_teacher(tiny_teacher(tmp_path, hidden_size=64, intermediate_size=256), precision=precision)
