@@ -50,7 +50,7 @@ struct Kernel {
     int64_t (*tile)(const Problem&);
     // Writes the outputs of the rows [begin, end) and returns the sum of their losses.
     double (*loss)(const Problem&, int64_t begin, int64_t end, char* scratch);
-    // y[i] = exp(x[i]), the exponential of the loss by itself.
+    // y[i] = exp(x[i]) for x <= 0, the exponential of the loss by itself.
     void (*exp)(const float* x, float* y, int64_t n);
 };
 

@@ -18,9 +18,9 @@ using namespace amtss;
 
 constexpr float infinity = __builtin_inff(), nan = __builtin_nanf("");
 
-// Logits of a block are read, widened and reduced while they are in the first-level cache. A lane adds up this many
-// values at most in float; blocks are added up in double.
-constexpr int64_t block = 64 * W;
+// Logits of a block are read again and again while they are in the first-level cache. A lane adds up half as many values
+// as it has of a block in float; blocks are added up in double.
+constexpr int64_t block = 128 * W;
 // Up to this many classes a lane holds a row.
 constexpr int64_t few_classes = 32;
 static_assert(block % 32 == 0);
@@ -30,6 +30,8 @@ struct Whole {};
 struct Part {
     int n;
 };
+constexpr bool is_part(Whole) { return false; }
+constexpr bool is_part(Part) { return true; }
 
 inline vf load(const float* p, Whole, float) { return load(p); }
 inline vf load(const float* p, Part part, float rest) { return load_first(p, part.n, rest); }
@@ -44,6 +46,21 @@ inline void sweep(int64_t n, F f) {
     if (i < n) f(i, Part{int(n - i)});
 }
 
+// f(accumulator, i, Whole or Part): two of them take turns, so that one is worked on while the other is awaited.
+template <class Accumulator, class F>
+inline void sweep_pairs(Accumulator& even, Accumulator& odd, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        f(even, i, Whole{});
+        f(odd, i + W, Whole{});
+    }
+    if (i + W <= n) {
+        f(even, i, Whole{});
+        i += W;
+    }
+    if (i < n) f(odd, i, Part{int(n - i)});
+}
+
 template <class... Arrays>
 inline void clear(Arrays&... arrays) {
     (store(arrays, vf{}), ...);
@@ -51,30 +68,30 @@ inline void clear(Arrays&... arrays) {
 
 // ---- exp and log
 
-// e^(x / tau) = 2^(x (hi + lo)), for x in [low, high] before 2^151 less and 2^129 more.
+// e^(x / tau) = 2^(x (hi + lo)) for x <= 0; below `low` it is 0 in float.
 struct Exponent {
-    float hi, lo, low, high;
+    float hi, lo, low;
 
     explicit Exponent(double tau) {
         const double factor = 1.4426950408889634 / tau;
         hi = float(factor);
         lo = float(factor - hi);
-        low = float(-151 / factor);
-        high = float(129 / factor);
+        low = float(-152 / factor);
     }
 };
 
-// e^(x / tau), within 1.4 ulp (subnormal results included); 0 at -inf, infinite at inf, NaN at NaN.
+// e^(x / tau) for x <= 0, within 1.4 ulp (subnormal results included); 0 at -inf, NaN at NaN.
 inline vf exp(vf x, const Exponent& e) {
-    x = min(set(e.high), max(set(e.low), x));
-    const vf n = round(x * e.hi);
-    const vf f = reduce(x, e.hi, e.lo, n);
-    const vf f2 = f * f;
-    const vf high = fma(f, set(0x1.41fb2ep-13f), set(0x1.5f3f30p-10f));
-    const vf middle = fma(f, set(0x1.3b2d50p-7f), set(0x1.c6aee6p-5f));
-    const vf low = fma(f, set(0x1.ebfbdcp-3f), set(0x1.62e430p-1f));
-    const vf p = fma(f2, fma(f2, high, middle), low);
-    return scale(fma(f, p, set(1)), n);
+    x = max(set(e.low), x);
+    const vf t = fma(x, set(e.hi), set(magic));
+    const vf f = reduce(x, e.hi, e.lo, t - magic);
+    vf p = fma(f, set(0x1.41fb2ep-13f), set(0x1.5f3f30p-10f));
+    p = fma(f, p, set(0x1.3b2d50p-7f));
+    p = fma(f, p, set(0x1.c6aee6p-5f));
+    p = fma(f, p, set(0x1.ebfbdcp-3f));
+    p = fma(f, p, set(0x1.62e430p-1f));
+    p = fma(f, p, set(1));
+    return scale(p, t);
 }
 
 inline float exp(float x, const Exponent& e) { return exp(set(x), e)[0]; }
@@ -119,12 +136,20 @@ inline float Row<uint8_t>::operator[](int64_t i) const {
     return code == 255 ? -infinity : row_max - step * code;
 }
 
-inline vf load(const Row<float>& row, int64_t i) { return load(row.p + i); }
-inline vf load(const Row<bf16>& row, int64_t i) { return widen_bf16(load_bits<vu16>(row.p + i)); }
-inline vf load(const Row<f16>& row, int64_t i) { return widen(load_bits<vu16>(row.p + i)); }
-inline vf load(const Row<uint8_t>& row, int64_t i) {
+// Vectors of logits that lie side by side.
+inline vf load(const Row<float>& row, int64_t i, Whole) { return load(row.p + i); }
+inline vf load(const Row<bf16>& row, int64_t i, Whole) { return widen_bf16(load_bits<vu16>(row.p + i)); }
+inline vf load(const Row<f16>& row, int64_t i, Whole) { return widen(load_bits<vu16>(row.p + i)); }
+inline vf load(const Row<uint8_t>& row, int64_t i, Whole) {
     const vi code = __builtin_convertvector(load_bits<vu8>(row.p + i), vi);
     return code == 255 ? set(-infinity) : row.row_max - row.step * __builtin_convertvector(code, vf);
+}
+inline vf load(const Row<float>& row, int64_t i, Part part) { return load_first(row.p + i, part.n, -infinity); }
+template <class T>
+inline vf load(const Row<T>& row, int64_t i, Part part) {
+    float lane[W];
+    for (int rest = 0; rest < W; rest++) lane[rest] = rest < part.n ? row[i + rest] : -infinity;
+    return load(lane);
 }
 
 // f(row) with the row in its own type.
@@ -140,16 +165,32 @@ inline auto with_row(const Matrix& m, int64_t n, F f) {
     }
 }
 
-// `count` logits of row n from `begin` as floats that lie side by side: in place, or widened into `buffer`.
-inline const float* read(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer) {
-    if (m.type == Type::f32 && m.column_stride == 1) return (const float*)m.data + n * m.row_stride + begin;
+// Copies `count` logits of row n from `begin` as floats.
+inline void copy(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* to) {
     with_row(m, n, [&](auto row) {
         int64_t i = 0;
         if (row.stride == 1)
-            for (; i + W <= count; i += W) store(buffer + i, load(row, begin + i));
-        for (; i < count; i++) buffer[i] = row[begin + i];
+            for (; i + W <= count; i += W) store(to + i, load(row, begin + i, Whole{}));
+        for (; i < count; i++) to[i] = row[begin + i];
     });
+}
+
+// `count` logits of row n from `begin` as floats that lie side by side: in place, or copied into `buffer`.
+inline const float* read(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer) {
+    if (m.type == Type::f32 && m.column_stride == 1) return (const float*)m.data + n * m.row_stride + begin;
+    copy(m, n, begin, count, buffer);
     return buffer;
+}
+
+// f(row) with logits that lie side by side, the first of them that of row n at `begin`: in place, in their own type, or
+// spread ones gathered in `buffer`.
+template <class F>
+inline auto with_block(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer, F f) {
+    if (m.column_stride != 1) return f(Row<float>{read(m, n, begin, count, buffer), 1, 0, 0});
+    return with_row(m, n, [&](auto row) {
+        row.p += begin;
+        return f(row);
+    });
 }
 
 inline float read(const Matrix& m, int64_t n, int64_t c) {
@@ -169,46 +210,33 @@ inline Top merge(Top a, Top b) {
     return {a.first > b.first ? a.first : b.first, smaller > second ? smaller : second};
 }
 
-// `count` logits of row n from `begin`, as floats that lie side by side (in place, or widened into `buffer`), and the
-// two largest of them.
-inline const float* read_block(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer, Top& top) {
-    struct {
-        vf first = set(-infinity), second = first;
-        void take(vf v) {
-            second = max(second, min(first, v));
-            first = max(first, v);
-        }
-    } best;
-    const float* x = buffer;
-    if (m.column_stride != 1 || m.type == Type::f32) {
-        x = read(m, n, begin, count, buffer);
-        sweep(count, [&](int64_t i, auto part) { best.take(load(x + i, part, -infinity)); });
-    } else {
-        best = with_row(m, n, [&](auto row) {
-            // A copy: what the stores might alias would have to be kept in memory.
-            auto local = best;
-            int64_t i = 0;
-            for (; i + W <= count; i += W) {
-                const vf v = load(row, begin + i);
-                store(buffer + i, v);
-                local.take(v);
-            }
-            for (int64_t rest = i; rest < count; rest++) buffer[rest] = row[begin + rest];
-            if (i < count) local.take(load_first(buffer + i, int(count - i), -infinity));
-            return local;
-        });
+struct BestTwo {
+    vf first = set(-infinity), second = first;
+    void take(vf v) {
+        second = max(second, min(first, v));
+        first = max(first, v);
     }
+};
+
+template <class T>
+inline Top two_largest(const Row<T>& x, int64_t n) {
+    BestTwo best;
+    sweep(n, [&](int64_t i, auto part) { best.take(load(x, i, part)); });
     float firsts[W], seconds[W];
     store(firsts, best.first);
     store(seconds, best.second);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) {
-            const Top both = merge({firsts[i], seconds[i]}, {firsts[i + half], seconds[i + half]});
-            firsts[i] = both.first;
-            seconds[i] = both.second;
-        }
-    top = merge(top, {firsts[0], seconds[0]});
-    return x;
+    Top top = {-infinity, -infinity};
+    for (int lane = 0; lane < W; lane++) top = merge(top, {firsts[lane], seconds[lane]});
+    return top;
+}
+
+template <class T>
+inline float largest(const Row<T>& x, int64_t n) {
+    vf even = set(-infinity), odd = even;
+    sweep_pairs(even, odd, n, [&](vf& best, int64_t i, auto part) { best = max(best, load(x, i, part)); });
+    float lane[W];
+    store(lane, max(even, odd));
+    return reduce_lanes(lane, [](float a, float b) { return a > b ? a : b; });
 }
 
 // Logits that are needed next: they are fetched while the current ones are worked on.
@@ -220,35 +248,42 @@ struct Ahead {
 };
 
 // y = e^((x - origin) / tau); returns their sum.
-inline float exp_block(const float* x, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
-    vf z = {};
-    sweep(n, [&](int64_t i, auto part) {
+template <class T>
+inline float exp_block(Row<T> x, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
+    vf even = {}, odd = {};
+    sweep_pairs(even, odd, n, [&](vf& z, int64_t i, auto part) {
         ahead.fetch(i);
-        const vf v = exp(load(x + i, part, -infinity) - origin, e);
+        const vf v = exp(load(x, i, part) - origin, e);
         z += v;
         store(y + i, v, part);
     });
-    return sum(z);
+    return sum(even + odd);
 }
 
 struct Sums {
     float z, d;
 };
 
-// The same for a teacher, with D against the student's logits s.
-inline Sums divergence_block(const float* x, const float* s, float* y, int64_t n, float origin, float student_origin,
+// The same for a teacher, with D against the student's logits s. `masked`: 0 log 0 = 0, also where the student's logit is
+// -inf; otherwise d is NaN there, and the same bits where there are none.
+template <bool masked, class T>
+inline Sums divergence_block(Row<T> x, const float* s, float* y, int64_t n, float origin, float student_origin,
                              Exponent e, Ahead ahead) {
-    vf z = {}, d = {};
-    sweep(n, [&](int64_t i, auto part) {
+    struct {
+        vf z = {}, d = {};
+    } even, odd;
+    sweep_pairs(even, odd, n, [&](auto& sums, int64_t i, auto part) {
         ahead.fetch(i);
-        const vf a = load(x + i, part, -infinity) - origin, b = load(s + i, part, -infinity) - student_origin;
+        const vf a = load(x, i, part) - origin, b = load(s + i, part, student_origin) - student_origin;
         const vf v = exp(a, e);
-        z += v;
-        // 0 log 0 = 0, also where the student's logit is -inf.
-        d += v != 0 ? v * (a - b) : vf{};
+        vf difference = a - b;
+        // Lanes behind the last one hold -inf.
+        if (masked || is_part(part)) difference = v != 0 ? difference : vf{};
+        sums.z += v;
+        sums.d = fma(v, difference, sums.d);
         store(y + i, v, part);
     });
-    return {sum(z), sum(d)};
+    return {sum(even.z + odd.z), sum(even.d + odd.d)};
 }
 
 // The exponentials of a block: kept ones, or new ones from the logits.
@@ -260,8 +295,9 @@ struct Kept {
         return load(e + i, part, 0);
     }
 };
+template <class T>
 struct Recomputed {
-    const float* x;
+    Row<T> x;
     float origin;
     Exponent exponent;
     Ahead ahead;
@@ -269,23 +305,38 @@ struct Recomputed {
     template <class Size>
     vf operator()(int64_t i, Size part) const {
         ahead.fetch(i);
-        return exp(load(x + i, part, -infinity) - origin, exponent);
+        return exp(load(x, i, part) - origin, exponent);
     }
 };
 
-// g = factor * e, or g + factor * e.
+// What a gradient is made of: a factor times the exponentials of a block.
 template <class Source>
-inline void add_block(float* g, Source e, float factor, int64_t n, bool first) {
-    if (first)
-        sweep(n, [=](int64_t i, auto part) { store(g + i, factor * e(i, part), part); });
-    else
-        sweep(n, [=](int64_t i, auto part) { store(g + i, fma(set(factor), e(i, part), load(g + i, part, 0)), part); });
+struct Term {
+    Source e;
+    float factor;
+};
+
+template <class T>
+inline Term<Recomputed<T>> recomputed(Row<T> x, float origin, Exponent e, Ahead ahead, float factor) {
+    return {{x, origin, e, ahead}, factor};
 }
 
-// g = factor * e - g. Both products are rounded alike: where the student equals its teacher, the difference is 0.
+// g = the sum of the terms, or g + their sum.
+template <class... Sources>
+inline void add_block(float* g, int64_t n, bool first, Term<Sources>... terms) {
+    sweep(n, [=](int64_t i, auto part) {
+        vf v = first ? vf{} : load(g + i, part, 0);
+        ((v = fma(set(terms.factor), terms.e(i, part), v)), ...);
+        store(g + i, v, part);
+    });
+}
+
+// g = term - g. The product is rounded like that of a first term: where the student equals its teacher, g becomes 0.
 template <class Source>
-inline void subtract_from_block(float* g, Source e, float factor, int64_t n) {
-    sweep(n, [=](int64_t i, auto part) { store(g + i, factor * e(i, part) - load(g + i, part, 0), part); });
+inline void subtract_from_block(float* g, int64_t n, Term<Source> term) {
+    sweep(n, [=](int64_t i, auto part) {
+        store(g + i, term.factor * term.e(i, part) - load(g + i, part, 0), part);
+    });
 }
 
 // Writes n gradients in their own type. Streaming writes go around the cache.
@@ -316,9 +367,9 @@ inline void write_block(const float* g, void* out, Type type, int64_t n, bool st
 }
 
 inline float sum_block(const float* x, int64_t n, float origin) {
-    vf total = {};
-    sweep(n, [&](int64_t i, auto part) { total += load(x + i, part, origin) - origin; });
-    return sum(total);
+    vf even = {}, odd = {};
+    sweep_pairs(even, odd, n, [&](vf& total, int64_t i, auto part) { total += load(x + i, part, origin) - origin; });
+    return sum(even + odd);
 }
 
 // ---- what is known of the rows of a tile: one lane each
@@ -346,8 +397,9 @@ struct Running {
 struct alignas(64) Measured {
     float z[W];       // sum of e^a
     float d[W];       // of a teacher: D / tau
-    float label[W];   // the label's logit (of rows without one: the largest) less the maximum
-    float other[W];   // the largest of the other logits less the maximum
+    // e^a of the label (of rows without one: the largest, 1) and the largest of the others; for Weighting::label_nll
+    // the label's a / tau and nothing.
+    float label[W], other[W];
     float alpha[W];   // of a teacher: prior, 0 where it does not teach the row
     float margin[W], weight[W];
     float factor[W];  // of e^a in the gradient; 0 leaves the tensor out
@@ -368,6 +420,9 @@ struct alignas(64) Rows {
 
 // How a problem is laid out in the scratch of a thread.
 struct Plan {
+    // A tile of rows with their classes side by side takes as much room as this many columns.
+    static int64_t flat_columns(const Problem& p) { return (p.classes + 3) / 4 * 4 + 1; }
+
     bool columns;      // few classes: one row per lane
     bool apart;        // the cross entropy needs exponentials of its own
     bool keep;         // the exponentials of a tile are kept for its gradient
@@ -381,7 +436,7 @@ struct Plan {
         apart = p.ce_weight > 0 && p.temperature != 1;
         const int64_t fixed = tensors * (sizeof(Measured) + sizeof(Running)) + 4 * block * sizeof(float);
         const int64_t free = scratch_bytes - fixed - 1024;
-        const int64_t column_bytes = (tensors + 3) * p.classes * W * sizeof(float);
+        const int64_t column_bytes = ((tensors + 2) * p.classes + flat_columns(p)) * W * sizeof(float);
         width = (p.classes + W - 1) / W * W;
         blocks = p.classes / block + 2;
         const int64_t row_bytes = (tensors + apart) * (width + blocks) * sizeof(float);
@@ -404,7 +459,8 @@ struct Worker {
     Measured* tensor;   // [tensors]
     Running* running;   // [tensors]
     float *student, *teacher, *gradient, *fresh;  // [block] each
-    float* kept;     // [tile, tensors + apart, width]; of columns: [tensors + 3, classes, W]
+    float* kept;     // [tile, tensors + apart, width]; of columns: [tensors + 2, classes, W]
+    float* flat;     // of columns: [W, classes], the rows of one tensor
     float* origins;  // [tile, tensors + apart, blocks]: what was subtracted from the logits of a kept block
 
     Worker(const Problem& problem, char* memory)
@@ -422,6 +478,7 @@ struct Worker {
         fresh = (float*)take(block * sizeof(float));
         origins = (float*)take(plan.keep ? plan.tile * (plan.tensors + plan.apart) * plan.blocks * sizeof(float) : 0);
         kept = (float*)memory;
+        flat = kept + (plan.tensors + 2) * p.classes * W;
     }
 
     const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
@@ -451,6 +508,7 @@ struct Worker {
 
     void open(int64_t first);
     void measure_row(int lane);
+    void close_rows();
     void read_columns(const Matrix& m, float* columns) const;
     void measure_columns();
     double weigh();
@@ -512,33 +570,45 @@ void Worker::measure_row(int lane) {
     if (row.student[lane] == 0) return;
     for (int64_t j = 0; j < plan.tensors; j++) running[j] = {};
     const bool cross = row.cross[lane] != 0;
+    const int64_t label = row.margin_label[lane];
     double cross_z = 0, cross_sum = 0;
     Running& s = running[0];
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
         end = block_end(n, from);
         const int64_t count = end - from;
-        const float* const x = read_block(p.student, n, from, count, student, s.top);
-        const double student_shift = s.rebase(0, soft);
-        if (cross) {
-            if (cross_z != 0) cross_z *= exp(float(student_shift), sharp);
-            cross_sum += student_shift * from;
-        }
+        // The second largest logit is asked for only beside the label, or where there is none.
+        const bool two = label < end && (label >= from || label < 0);
+        const auto note_largest = [&](const auto& x, Top& top) {
+            top = merge(top, two ? two_largest(x, count) : Top{largest(x, count), -infinity});
+        };
         const auto exponentials = [&](int64_t j, float origin) -> float* {
             if (!plan.keep) return fresh;
             kept_origins(lane, j)[b] = origin;
             return kept_row(lane, j) + from;
         };
-        s.z += exp_block(x, exponentials(0, s.origin), count, s.origin, soft, ahead(0, n, end));
+        const float* const x = read(p.student, n, from, count, student);
+        const Row<float> logits = {x, 1, 0, 0};
+        note_largest(logits, s.top);
+        const double student_shift = s.rebase(0, soft);
+        s.z += exp_block(logits, exponentials(0, s.origin), count, s.origin, soft, ahead(0, n, end));
         if (cross) {
-            cross_sum += sum_block(x, count, s.origin);
-            if (plan.apart) cross_z += exp_block(x, exponentials(plan.tensors, s.origin), count, s.origin, sharp, ahead(0, n, end));
+            if (cross_z != 0) cross_z *= exp(float(student_shift), sharp);
+            cross_sum += student_shift * from + sum_block(x, count, s.origin);
+            if (plan.apart)
+                cross_z += exp_block(logits, exponentials(plan.tensors, s.origin), count, s.origin, sharp, ahead(0, n, end));
         }
         for (int64_t j = 1; j < plan.tensors; j++) {
             if (tensor[j].alpha[lane] == 0) continue;
             Running& t = running[j];
-            const float* const y = read_block(matrix(j), n, from, count, teacher, t.top);
-            t.rebase(student_shift, soft);
-            const Sums sums = divergence_block(y, x, exponentials(j, t.origin), count, t.origin, s.origin, soft, ahead(j, n, end));
+            const Sums sums = with_block(matrix(j), n, from, count, teacher, [&](const auto& y) {
+                note_largest(y, t.top);
+                t.rebase(student_shift, soft);
+                float* const e = exponentials(j, t.origin);
+                const Ahead next = ahead(j, n, end);
+                const Sums sums = divergence_block<false>(y, x, e, count, t.origin, s.origin, soft, next);
+                return sums.d == sums.d ? sums
+                                        : divergence_block<true>(y, x, e, count, t.origin, s.origin, soft, next);
+            });
             t.z += sums.z;
             t.d += sums.d;
         }
@@ -548,7 +618,6 @@ void Worker::measure_row(int lane) {
         const Running& t = running[j];
         tensor[j].z[lane] = t.top.first == -infinity ? nan : float(t.z);
         tensor[j].d[lane] = float(t.d / p.temperature);
-        const int64_t label = row.margin_label[lane];
         const float at_label = label < 0 ? t.top.first : read(matrix(j), n, label);
         tensor[j].label[lane] = at_label - t.top.first;
         tensor[j].other[lane] = (at_label >= t.top.first ? t.top.second : t.top.first) - t.top.first;
@@ -560,25 +629,44 @@ void Worker::measure_row(int lane) {
     }
 }
 
-// Logits of the tile with the rows across the lanes, [classes, W]. Lanes beyond the last row repeat it.
+// What `measure_row` has left as logits less their maximum.
+void Worker::close_rows() {
+    for (int64_t j = 0; j < plan.tensors; j++) {
+        Measured& t = tensor[j];
+        const vf label = load(t.label);
+        if (p.weighting == Weighting::label_nll) {
+            store(t.label, label * inverse_tau);
+        } else {
+            store(t.label, exp(label, soft));
+            store(t.other, exp(load(t.other), soft));
+        }
+    }
+}
+
+// Logits of the tile with the rows across the lanes, [classes, W]. What stands in the lanes beyond the last row means
+// nothing.
 void Worker::read_columns(const Matrix& m, float* columns) const {
     const int64_t classes = p.classes;
-    const float* base = (const float*)m.data + begin * m.row_stride;
-    int64_t row_stride = m.row_stride, column_stride = m.column_stride;
-    if (m.type != Type::f32) {
-        float* const widened = kept + (plan.tensors + 2) * classes * W;
-        for (int lane = 0; lane < rows; lane++) {
-            const float* const x = read(m, begin + lane, 0, classes, student);
-            for (int64_t c = 0; c < classes; c++) widened[lane * classes + c] = x[c];
+    const float* x = (const float*)m.data + begin * m.row_stride;
+    int64_t stride = m.row_stride;
+    // Four classes are read at a time: with fewer, and at the end of the logits, others lie behind them.
+    const bool in_place = m.type == Type::f32 && m.column_stride == 1 && begin + W <= p.rows &&
+                          (classes >= 4 || (begin + W < p.rows && stride >= classes));
+    if (!in_place) {
+        x = flat;
+        if (m.type != Type::codes && m.column_stride == 1 && stride == classes) {
+            copy(m, begin, 0, rows * classes, flat);
+        } else {
+            stride = (classes + 3) / 4 * 4;
+            for (int lane = 0; lane < rows; lane++) copy(m, begin + lane, 0, classes, flat + lane * stride);
         }
-        base = widened;
-        row_stride = classes;
-        column_stride = 1;
     }
-    int64_t offset[W];
-    for (int lane = 0; lane < W; lane++) offset[lane] = (lane < rows ? lane : rows - 1) * row_stride;
-    for (int64_t c = 0; c < classes; c++)
-        for (int lane = 0; lane < W; lane++) columns[c * W + lane] = base[offset[lane] + c * column_stride];
+    vf column[4];
+    for (int64_t c = 0; c < classes; c += 4) {
+        if (c + 4 > classes && classes >= 4) c = classes - 4;
+        load_columns(x + c, stride, column);
+        for (int64_t i = 0; i < 4 && c + i < classes; i++) store(columns + (c + i) * W, column[i]);
+    }
 }
 
 void Worker::measure_columns() {
@@ -587,30 +675,27 @@ void Worker::measure_columns() {
     float* const student_a = kept + plan.tensors * size;
     float* const sharp_e = student_a + size;
     const vi label = load_bits<vi>(row.margin_label);
-    const vf none = {};
-    // All are read before the first is worked on: a vector cannot be loaded while its lanes are still being stored.
-    for (int64_t j = 0; j < plan.tensors; j++) read_columns(matrix(j), kept + j * size);
+    const bool nll = p.weighting == Weighting::label_nll;
+    const vf none = {}, one = set(1);
     for (int64_t j = 0; j < plan.tensors; j++) {
         float* const x = kept + j * size;
+        read_columns(matrix(j), x);
         Measured& t = tensor[j];
         const vi used = load(j == 0 ? row.student : t.alpha) > 0;
-        vf first = set(-infinity), second = first, at_label = none;
-        for (int64_t c = 0; c < classes; c++) {
-            const vf v = used ? load(x + c * W) : none;
-            second = max(second, min(first, v));
-            first = max(first, v);
-            at_label = label == int(c) ? v : at_label;
-        }
-        at_label = label < 0 ? first : at_label;
-        store(t.label, at_label - first);
-        store(t.other, (at_label >= first ? second : first) - first);
+        vf maximum = set(-infinity);
+        for (int64_t c = 0; c < classes; c++) maximum = max(maximum, load(x + c * W));
         vf z = none, d = none, sharp_z = none, total = none, cross_label = none;
+        vf at_label = nll ? none : one;
+        BestTwo best;
         for (int64_t c = 0; c < classes; c++) {
-            const vf a = used ? load(x + c * W) - first : none, e = exp(a, soft);
+            const vf a = used ? load(x + c * W) - maximum : none, e = exp(a, soft);
             z += e;
             store(x + c * W, e);
+            best.take(e);
+            at_label = label == int(c) ? (nll ? a : e) : at_label;
             if (j > 0) {
-                d += e != 0 ? e * (a - load(student_a + c * W)) : none;
+                const vf difference = a - load(student_a + c * W);
+                d = fma(e, e != 0 ? difference : none, d);
                 continue;
             }
             store(student_a + c * W, a);
@@ -622,6 +707,8 @@ void Worker::measure_columns() {
             sharp_z += sharp_v;
             store(sharp_e + c * W, sharp_v);
         }
+        store(t.label, nll ? at_label * inverse_tau : at_label);
+        store(t.other, at_label >= 1 ? best.second : one);
         store(t.z, z);
         store(t.d, d * inverse_tau);
         if (j == 0) {
@@ -639,8 +726,8 @@ double Worker::weigh() {
     const auto write = [&](float* out, vf v) { store(out, v, Part{rows}); };
     const auto margin = [&](const Measured& t) -> vf {
         const vf z = load(t.z);
-        if (p.weighting == Weighting::label_nll) return load(t.label) * inverse_tau - log(z);
-        return (exp(load(t.label), soft) - exp(load(t.other), soft)) / z;
+        if (p.weighting == Weighting::label_nll) return load(t.label) - log(z);
+        return (load(t.label) - load(t.other)) / z;
     };
 
     vf best = set(-infinity);
@@ -724,31 +811,47 @@ void Worker::combine_row(int lane) {
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
         end = block_end(n, from);
         const int64_t count = end - from;
-        // f(e, factor) with the exponentials e of slot j, which are those of matrix(source).
-        const auto with_exponentials = [&](int64_t j, int64_t source, float factor, const Exponent& exponent, auto f) {
-            if (factor == 0) return;
-            if (plan.keep) {
-                const float* const origin = kept_origins(lane, j);
-                const float shift = origin[b] - origin[last];
-                f(Kept{kept_row(lane, j) + from}, shift == 0 ? factor : factor * exp(shift, exponent));
-            } else {
-                const float* const x = read(matrix(source), n, from, count, teacher);
-                f(Recomputed{x, running[source].origin, exponent, ahead(source, n, end)}, factor);
-            }
+        // Kept exponentials of slot j, moved to the row's last origin.
+        const auto kept_term = [&](int64_t j, float factor, const Exponent& exponent) -> Term<Kept> {
+            const float* const origin = kept_origins(lane, j);
+            const float shift = origin[b] - origin[last];
+            return {{kept_row(lane, j) + from}, shift == 0 ? factor : factor * exp(shift, exponent)};
         };
-        bool empty = true;
-        for (int64_t j = 1; j < plan.tensors; j++)
-            with_exponentials(j, j, tensor[j].factor[lane], soft, [&](auto e, float factor) {
-                add_block(gradient, e, factor, count, empty);
-                empty = false;
+        // f(term) with the exponentials of slot j, which are those of matrix(source).
+        const auto with_term = [&](int64_t j, int64_t source, float factor, const Exponent& exponent, auto f) {
+            if (factor == 0) return;
+            if (plan.keep) return f(kept_term(j, factor, exponent));
+            with_block(matrix(source), n, from, count, teacher, [&](const auto& x) {
+                f(recomputed(x, running[source].origin, exponent, ahead(source, n, end), factor));
             });
+        };
+        // Kept terms are added four at a time: what has been added up is read and written less often.
+        Term<Kept> waiting[4];
+        int terms = 0;
+        bool empty = true;
+        const auto add_waiting = [&] {
+            if (terms == 1) add_block(gradient, count, empty, waiting[0]);
+            if (terms == 2) add_block(gradient, count, empty, waiting[0], waiting[1]);
+            if (terms == 3) add_block(gradient, count, empty, waiting[0], waiting[1], waiting[2]);
+            if (terms == 4) add_block(gradient, count, empty, waiting[0], waiting[1], waiting[2], waiting[3]);
+            empty &= terms == 0;
+            terms = 0;
+        };
+        for (int64_t j = 1; j < plan.tensors; j++) {
+            const float factor = tensor[j].factor[lane];
+            if (factor == 0) continue;
+            if (plan.keep) {
+                waiting[terms++] = kept_term(j, factor, soft);
+                if (terms == 4) add_waiting();
+            } else {
+                with_term(j, j, factor, soft, [&](auto term) { add_block(gradient, count, empty, term); });
+                empty = false;
+            }
+        }
+        add_waiting();
         if (empty) __builtin_memset(gradient, 0, count * sizeof(float));
-        with_exponentials(0, 0, tensor[0].factor[lane], soft, [&](auto e, float factor) {
-            subtract_from_block(gradient, e, factor, count);
-        });
-        with_exponentials(plan.tensors, 0, row.factor[lane], sharp, [&](auto e, float factor) {
-            add_block(gradient, e, factor, count, false);
-        });
+        with_term(0, 0, tensor[0].factor[lane], soft, [&](auto term) { subtract_from_block(gradient, count, term); });
+        with_term(plan.tensors, 0, row.factor[lane], sharp, [&](auto term) { add_block(gradient, count, false, term); });
         if (row.cross[lane] != 0) {
             const float everywhere = row.everywhere[lane];
             if (everywhere != 0)
@@ -762,50 +865,48 @@ void Worker::combine_row(int lane) {
 
 void Worker::combine_columns() {
     const int64_t classes = p.classes, size = classes * W;
-    float* const cross_e = kept + (plan.tensors + 1) * size;
-    float* const g = cross_e + size;
+    float* const student_a = kept + plan.tensors * size;
+    float* const cross_e = student_a + size;
+    // The gradient takes the place of what is no longer needed.
+    float* const g = student_a;
     const vf alive = load(row.weight), none = {};
     // A factor of 0 takes out what may be NaN.
-    const auto exponentials = [&](int64_t j, int64_t c, vf factor) -> vf {
-        return factor != 0 ? load(kept + j * size + c * W) : none;
-    };
+    const auto exponentials = [&](const float* e, vf factor) -> vf { return factor != 0 ? load(e) : none; };
     for (int64_t c = 0; c < classes; c++) {
         vf mixture = none;
         for (int64_t j = 1; j < plan.tensors; j++) {
             const vf factor = load(tensor[j].factor);
-            mixture = fma(factor, exponentials(j, c, factor), mixture);
+            mixture = fma(factor, exponentials(kept + j * size + c * W, factor), mixture);
         }
         const vf factor = load(tensor[0].factor);
-        vf v = factor * exponentials(0, c, factor) - mixture;
+        vf v = factor * exponentials(kept + c * W, factor) - mixture;
         if (p.ce_weight > 0) {
             const vf sharp_factor = load(row.factor);
-            if (plan.apart) v = fma(sharp_factor, exponentials(plan.tensors + 1, c, sharp_factor), v);
+            if (plan.apart) v = fma(sharp_factor, exponentials(cross_e + c * W, sharp_factor), v);
             v -= load(row.everywhere);
             v -= load_bits<vi>(row.label) == int(c) ? load(row.one_hot) : none;
         }
         store(g + c * W, alive > 0 ? v : none);
     }
-    if (p.gradient_type == Type::f32) {
-        float* const out = (float*)p.gradient + begin * classes;
-        for (int lane = 0; lane < rows; lane++)
-            for (int64_t c = 0; c < classes; c++) out[lane * classes + c] = g[c * W + lane];
-    } else {
-        uint16_t* const out = (uint16_t*)p.gradient + begin * classes;
-        for (int64_t c = 0; c < classes; c++) {
-            uint16_t narrow[W];
-            const vu16 v = narrow_bf16(load(g + c * W));
-            __builtin_memcpy(narrow, &v, sizeof v);
-            for (int lane = 0; lane < rows; lane++) out[lane * classes + c] = narrow[lane];
-        }
+    // Rows are written in order: what reaches into the next one is overwritten.
+    for (int64_t c = 0; c < classes; c += 4) {
+        if (c + 4 > classes && classes >= 4) c = classes - 4;
+        const float* const column = g + c * W;
+        store_columns(flat + c, classes, load(column), load(column + W), c + 2 < classes ? load(column + 2 * W) : none,
+                      c + 3 < classes ? load(column + 3 * W) : none);
     }
+    const int64_t bytes = p.gradient_type == Type::f32 ? 4 : 2;
+    write_block(flat, (char*)p.gradient + begin * classes * bytes, p.gradient_type, rows * classes, false, (uint16_t*)fresh);
 }
 
 double Worker::run_tile(int64_t first) {
     open(first);
     if (plan.columns)
         measure_columns();
-    else
+    else {
         for (int lane = 0; lane < rows; lane++) measure_row(lane);
+        close_rows();
+    }
     const double loss = weigh();
     if (!p.gradient) return loss;
     if (plan.columns)

@@ -102,5 +102,5 @@ NB_MODULE(_cpu, m) {
             nb::gil_scoped_release released;
             for (int i = 0; i < repeats; i++) kernel().exp(pointer<float>(x), pointer<float>(y), n);
         },
-        "y[i] = exp(x[i]) for n floats, several times over: the exponential of the loss by itself.");
+        "y[i] = exp(x[i]) for n floats <= 0, several times over: the exponential of the loss by itself.");
 }

@@ -45,33 +45,57 @@ inline V load_bits(const void* p) {
 inline vf load(const float* p) { return load_bits<vf>(p); }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// max and min return x where x is NaN. round: to the nearest integer. scale: p * 2^n for an integer n in [-151, 129].
+// Rounds to the nearest integer what is added to it: its last bit stands for 1. In the bits of the sum t = magic + n the
+// lowest nine hold n + 191, so that shifted into a float's exponent they are 2^(n + 64).
+constexpr float magic = 0x1.8p23f + 191;
+
+// max returns x where x is NaN. scale: p * 2^n for t = magic + n with n in [-191, 0], subnormal results rounded.
+// low_pairs(a, b): a0 b0 a1 b1 of each four lanes, high_pairs: a2 b2 a3 b3; low_halves: a0 a1 b0 b1, high_halves: a2 a3 b2 b3.
+// load_quads: four floats from each of W / 4 places; store_quad<i>: the i-th four lanes.
 #if defined(__AVX512F__)
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf max(vf bound, vf x) { return _mm512_max_ps(bound, x); }
 inline vf min(vf bound, vf x) { return _mm512_min_ps(bound, x); }
-inline vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vf scale(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+inline vf scale(vf p, vf t) { return _mm512_scalef_ps(p, t - magic); }
 inline void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
 inline vf widen(vu16 h) { return _mm512_cvtph_ps((__m256i)h); }
-#else
-inline vf scale(vf p, vf n) {
-    // 2^n may be subnormal where p * 2^n rounds to one: multiply by its two halves.
-    const vi whole = __builtin_convertvector(n, vi), half = whole >> 1;
-    return p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+inline vf low_pairs(vf a, vf b) { return _mm512_unpacklo_ps(a, b); }
+inline vf high_pairs(vf a, vf b) { return _mm512_unpackhi_ps(a, b); }
+inline vf low_halves(vf a, vf b) { return (vf)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); }
+inline vf high_halves(vf a, vf b) { return (vf)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); }
+inline vf load_quads(const float* p, int64_t stride) {
+    const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(p + stride), 1);
+    const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(p + 2 * stride), 2);
+    return _mm512_insertf32x4(three, _mm_loadu_ps(p + 3 * stride), 3);
 }
+template <int i>
+inline void store_quad(float* p, vf v) {
+    _mm_storeu_ps(p, _mm512_extractf32x4_ps(v, i));
+}
+#else
+inline vf scale(vf p, vf t) { return p * (vf)((vi)t << 23) * 0x1p-64f; }
 #if defined(__AVX2__)
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf max(vf bound, vf x) { return _mm256_max_ps(bound, x); }
 inline vf min(vf bound, vf x) { return _mm256_min_ps(bound, x); }
-inline vf round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void stream(float* p, vf v) { _mm256_stream_ps(p, v); }
 inline vf widen(vu16 h) { return _mm256_cvtph_ps((__m128i)h); }
+inline vf low_pairs(vf a, vf b) { return _mm256_unpacklo_ps(a, b); }
+inline vf high_pairs(vf a, vf b) { return _mm256_unpackhi_ps(a, b); }
+inline vf low_halves(vf a, vf b) { return (vf)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); }
+inline vf high_halves(vf a, vf b) { return (vf)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); }
+inline vf load_quads(const float* p, int64_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+template <int i>
+inline void store_quad(float* p, vf v) {
+    _mm_storeu_ps(p, _mm256_extractf128_ps(v, i));
+}
 #elif defined(__x86_64__)
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 inline vf max(vf bound, vf x) { return _mm_max_ps(bound, x); }
 inline vf min(vf bound, vf x) { return _mm_min_ps(bound, x); }
-inline vf round(vf x) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(x)); }
 inline void stream(float* p, vf v) { _mm_stream_ps(p, v); }
 inline vf widen(vu16 h) {
     // The exponent moves from bias 15 to 127 by a multiplication, which also sets subnormals right.
@@ -80,15 +104,56 @@ inline vf widen(vu16 h) {
     const vi special = (magnitude << 13) | 0x7f800000;
     return (vf)((magnitude >= 0x7c00 ? special : finite) | (bits & 0x8000) << 16);
 }
+inline vf low_pairs(vf a, vf b) { return _mm_unpacklo_ps(a, b); }
+inline vf high_pairs(vf a, vf b) { return _mm_unpackhi_ps(a, b); }
+inline vf low_halves(vf a, vf b) { return _mm_movelh_ps(a, b); }
+inline vf high_halves(vf a, vf b) { return _mm_movehl_ps(b, a); }
 #else
 inline vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 inline vf max(vf bound, vf x) { return vmaxq_f32(bound, x); }
 inline vf min(vf bound, vf x) { return vminq_f32(bound, x); }
-inline vf round(vf x) { return vrndnq_f32(x); }
 inline void stream(float* p, vf v) { vst1q_f32(p, v); }
 inline vf widen(vu16 h) { return vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)h)); }
+inline vf low_pairs(vf a, vf b) { return vzip1q_f32(a, b); }
+inline vf high_pairs(vf a, vf b) { return vzip2q_f32(a, b); }
+inline vf low_halves(vf a, vf b) { return (vf)vzip1q_f64((float64x2_t)a, (float64x2_t)b); }
+inline vf high_halves(vf a, vf b) { return (vf)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
 #endif
 #endif
+#if !defined(__AVX2__)
+inline vf load_quads(const float* p, int64_t) { return load(p); }
+template <int i>
+inline void store_quad(float* p, vf v) {
+    store(p, v);
+}
+#endif
+
+// Four columns of W rows, from row r at p + r * stride.
+inline void load_columns(const float* p, int64_t stride, vf (&column)[4]) {
+    const vf a = load_quads(p, 4 * stride), b = load_quads(p + stride, 4 * stride);
+    const vf c = load_quads(p + 2 * stride, 4 * stride), d = load_quads(p + 3 * stride, 4 * stride);
+    const vf ab = low_pairs(a, b), cd = low_pairs(c, d), ab_high = high_pairs(a, b), cd_high = high_pairs(c, d);
+    column[0] = low_halves(ab, cd);
+    column[1] = high_halves(ab, cd);
+    column[2] = low_halves(ab_high, cd_high);
+    column[3] = high_halves(ab_high, cd_high);
+}
+
+template <int i>
+inline void store_rows(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
+    store_quad<i>(p, a);
+    store_quad<i>(p + stride, b);
+    store_quad<i>(p + 2 * stride, c);
+    store_quad<i>(p + 3 * stride, d);
+    if constexpr (4 * i + 4 < W) store_rows<i + 1>(p + 4 * stride, stride, a, b, c, d);
+}
+
+// The other way: row after row, four floats each.
+inline void store_columns(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
+    const vf ab = low_pairs(a, b), cd = low_pairs(c, d), ab_high = high_pairs(a, b), cd_high = high_pairs(c, d);
+    store_rows<0>(p, stride, low_halves(ab, cd), high_halves(ab, cd), low_halves(ab_high, cd_high),
+                  high_halves(ab_high, cd_high));
+}
 
 // The first n lanes; those behind them are `rest`, or are not written.
 #if defined(__AVX512F__)
