@@ -1,10 +1,10 @@
 // The algorithm, compiled once per instruction set.
 //
-// Rows are worked on in tiles of up to W. Each tile goes through three steps:
+// Rows are worked on in tiles, a tile in groups of W rows, one in each lane. Each tile goes through three steps:
 //   measure   per tensor and row: the largest logits, Z = sum e^a and D = sum e^a (a - b), with a and b the teacher's
 //             and the student's logits less their maxima. Two ways: `measure_row` runs along the classes of one row,
 //             block by block, with a running maximum; `measure_columns`, for few classes, holds one row per lane.
-//   weigh     W rows at once: margins, teacher weights, KL = D / (tau Z) + log(Z_student / Z_teacher), loss, and what
+//   weigh     a group at once: margins, teacher weights, KL = D / (tau Z) + log(Z_student / Z_teacher), loss, and what
 //             each tensor's e^a is multiplied by in the gradient.
 //   combine   the gradient, from the exponentials that `measure` kept, or from new ones where a row is too long.
 #pragma once
@@ -372,7 +372,7 @@ inline float sum_block(const float* x, int64_t n, float origin) {
     return sum(even + odd);
 }
 
-// ---- what is known of the rows of a tile: one lane each
+// ---- what is known of the rows of a group: one lane each
 
 // Sums of one row so far; the exponentials in them are those of logits less `origin`.
 struct Running {
@@ -420,31 +420,38 @@ struct alignas(64) Rows {
 
 // How a problem is laid out in the scratch of a thread.
 struct Plan {
-    // A tile of rows with their classes side by side takes as much room as this many columns.
-    static int64_t flat_columns(const Problem& p) { return (p.classes + 3) / 4 * 4 + 1; }
-
     bool columns;      // few classes: one row per lane
     bool apart;        // the cross entropy needs exponentials of its own
     bool keep;         // the exponentials of a tile are kept for its gradient
     int tile;          // rows
+    int groups;        // of a tile
     int64_t tensors;   // the student and the teachers
+    int64_t lanes;     // of a column in scratch, in floats
     int64_t width;     // of a row in scratch, in floats
     int64_t blocks;    // of a row
 
     explicit Plan(const Problem& p) {
         tensors = 1 + p.teachers;
         apart = p.ce_weight > 0 && p.temperature != 1;
-        const int64_t fixed = tensors * (sizeof(Measured) + sizeof(Running)) + 4 * block * sizeof(float);
-        const int64_t free = scratch_bytes - fixed - 1024;
-        const int64_t column_bytes = ((tensors + 2) * p.classes + flat_columns(p)) * W * sizeof(float);
+        const int64_t group_bytes = sizeof(Rows) + tensors * sizeof(Measured);
+        const int64_t free = scratch_bytes - tensors * sizeof(Running) - 4 * block * sizeof(float) - 1024;
         width = (p.classes + W - 1) / W * W;
         blocks = p.classes / block + 2;
         const int64_t row_bytes = (tensors + apart) * (width + blocks) * sizeof(float);
-        columns = p.classes <= few_classes && column_bytes <= free;
-        keep = p.gradient && row_bytes <= free;
-        tile = W;
-        if (!columns && p.gradient) tile = !keep ? 1 : free / row_bytes < W ? int(free / row_bytes) : W;
+        keep = p.gradient && row_bytes <= free - group_bytes;
+        // Several groups hide each other's latencies, as long as their columns stay in the first-level cache.
+        for (groups = 4; groups >= 1; groups /= 2) {
+            lanes = tile = groups * W;
+            const int64_t column_bytes = ((tensors + 2) * p.classes + flat_columns(p)) * lanes * sizeof(float);
+            columns = p.classes <= few_classes && groups * group_bytes + column_bytes <= (groups > 1 ? 32 * 1024 : free);
+            if (columns) return;
+        }
+        groups = 1;
+        if (p.gradient) tile = !keep ? 1 : (free - group_bytes) / row_bytes < W ? int((free - group_bytes) / row_bytes) : W;
     }
+
+    // The rows of a tile with their classes side by side take as much room as this many columns.
+    static int64_t flat_columns(const Problem& p) { return (p.classes + 3) / 4 * 4 + 1; }
 };
 
 struct Worker {
@@ -454,13 +461,14 @@ struct Worker {
     const float inverse_tau;
 
     int64_t begin;  // of the tile
-    int rows;
-    Rows row;
-    Measured* tensor;   // [tensors]
+    int rows;       // of the tile
+    vd loss = {};   // of the rows so far
+    Rows* row;          // [groups]
+    Measured* tensor;   // [groups, tensors]
     Running* running;   // [tensors]
     float *student, *teacher, *gradient, *fresh;  // [block] each
-    float* kept;     // [tile, tensors + apart, width]; of columns: [tensors + 2, classes, W]
-    float* flat;     // of columns: [W, classes], the rows of one tensor
+    float* kept;     // [tile, tensors + apart, width]; of columns: [tensors + 2, classes, lanes]
+    float* flat;     // of columns: [lanes, classes], the rows of one tensor
     float* origins;  // [tile, tensors + apart, blocks]: what was subtracted from the logits of a kept block
 
     Worker(const Problem& problem, char* memory)
@@ -470,7 +478,8 @@ struct Worker {
             memory += (bytes + 63) / 64 * 64;
             return taken;
         };
-        tensor = (Measured*)take(plan.tensors * sizeof(Measured));
+        row = (Rows*)take(plan.groups * sizeof(Rows));
+        tensor = (Measured*)take(plan.groups * plan.tensors * sizeof(Measured));
         running = (Running*)take(plan.tensors * sizeof(Running));
         student = (float*)take(block * sizeof(float));
         teacher = (float*)take(block * sizeof(float));
@@ -478,7 +487,7 @@ struct Worker {
         fresh = (float*)take(block * sizeof(float));
         origins = (float*)take(plan.keep ? plan.tile * (plan.tensors + plan.apart) * plan.blocks * sizeof(float) : 0);
         kept = (float*)memory;
-        flat = kept + (plan.tensors + 2) * p.classes * W;
+        flat = kept + (plan.tensors + 2) * p.classes * plan.lanes;
     }
 
     const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
@@ -506,21 +515,29 @@ struct Worker {
         return {(const char*)m.data + (n * m.row_stride + c * m.column_stride) * size, size};
     }
 
-    void open(int64_t first);
+    // The rows of a group that there are.
+    int group_rows(int g) const {
+        const int left = rows - g * W;
+        return left < 0 ? 0 : left < W ? left : W;
+    }
+
+    void open(int g);
     void measure_row(int lane);
     void close_rows();
     void read_columns(const Matrix& m, float* columns) const;
-    void measure_columns();
-    double weigh();
+    void measure_columns(int64_t j, int g);
+    void weigh(int g);
     void combine_row(int lane);
-    void combine_columns();
-    double run_tile(int64_t first);
+    void combine_columns(int g);
+    void run_tile(int64_t first);
 };
 
 // Which rows count, which teachers teach them, and what has to be looked at.
-void Worker::open(int64_t first) {
-    begin = first;
-    rows = p.rows - first < plan.tile ? int(p.rows - first) : plan.tile;
+void Worker::open(int g) {
+    const int64_t first = begin + g * W;
+    const int rows = group_rows(g);
+    Rows& row = this->row[g];
+    Measured* const tensor = this->tensor + g * plan.tensors;
     const bool stats = p.student_margin;
     // Plain loops over the lanes, without a branch inside: the compiler makes vectors of them.
     clear(row.counts, row.weight);
@@ -567,6 +584,7 @@ void Worker::open(int64_t first) {
 
 void Worker::measure_row(int lane) {
     const int64_t n = begin + lane;
+    Rows& row = *this->row;
     if (row.student[lane] == 0) return;
     for (int64_t j = 0; j < plan.tensors; j++) running[j] = {};
     const bool cross = row.cross[lane] != 0;
@@ -643,15 +661,15 @@ void Worker::close_rows() {
     }
 }
 
-// Logits of the tile with the rows across the lanes, [classes, W]. What stands in the lanes beyond the last row means
+// Logits of the tile with the rows across the lanes, [classes, lanes]. What stands in the lanes beyond the last row means
 // nothing.
 void Worker::read_columns(const Matrix& m, float* columns) const {
-    const int64_t classes = p.classes;
+    const int64_t classes = p.classes, lanes = plan.lanes;
     const float* x = (const float*)m.data + begin * m.row_stride;
     int64_t stride = m.row_stride;
     // Four classes are read at a time: with fewer, and at the end of the logits, others lie behind them.
-    const bool in_place = m.type == Type::f32 && m.column_stride == 1 && begin + W <= p.rows &&
-                          (classes >= 4 || (begin + W < p.rows && stride >= classes));
+    const bool in_place = m.type == Type::f32 && m.column_stride == 1 && begin + lanes <= p.rows &&
+                          (classes >= 4 || (begin + lanes < p.rows && stride >= classes));
     if (!in_place) {
         x = flat;
         if (m.type != Type::codes && m.column_stride == 1 && stride == classes) {
@@ -661,69 +679,78 @@ void Worker::read_columns(const Matrix& m, float* columns) const {
             for (int lane = 0; lane < rows; lane++) copy(m, begin + lane, 0, classes, flat + lane * stride);
         }
     }
-    vf column[4];
     for (int64_t c = 0; c < classes; c += 4) {
         if (c + 4 > classes && classes >= 4) c = classes - 4;
-        load_columns(x + c, stride, column);
-        for (int64_t i = 0; i < 4 && c + i < classes; i++) store(columns + (c + i) * W, column[i]);
+        float* const out = columns + c * lanes;
+        for (int64_t lane = 0; lane < lanes; lane += W) {
+            vf column[4];
+            load_columns(x + lane * stride + c, stride, column);
+            store(out + lane, column[0]);
+            store(out + lanes + lane, column[1]);
+            if (c + 2 < classes) store(out + 2 * lanes + lane, column[2]);
+            if (c + 3 < classes) store(out + 3 * lanes + lane, column[3]);
+        }
     }
 }
 
-void Worker::measure_columns() {
-    const int64_t classes = p.classes, size = classes * W;
+// Leaves the exponentials of tensor j in place of its logits.
+void Worker::measure_columns(int64_t j, int g) {
+    const int64_t lanes = plan.lanes, size = p.classes * lanes, end = size + g * W;
+    float* const x = kept + j * size;
     // The student's logits less their maximum come after the exponentials of all.
     float* const student_a = kept + plan.tensors * size;
     float* const sharp_e = student_a + size;
-    const vi label = load_bits<vi>(row.margin_label);
+    Rows& row = this->row[g];
+    Measured& t = tensor[g * plan.tensors + j];
+    const vi used = load(j == 0 ? row.student : t.alpha) > 0;
+    const vi label = load_bits<vi>(row.margin_label), cross_label = load_bits<vi>(row.label);
     const bool nll = p.weighting == Weighting::label_nll;
     const vf none = {}, one = set(1);
-    for (int64_t j = 0; j < plan.tensors; j++) {
-        float* const x = kept + j * size;
-        read_columns(matrix(j), x);
-        Measured& t = tensor[j];
-        const vi used = load(j == 0 ? row.student : t.alpha) > 0;
-        vf maximum = set(-infinity);
-        for (int64_t c = 0; c < classes; c++) maximum = max(maximum, load(x + c * W));
-        vf z = none, d = none, sharp_z = none, total = none, cross_label = none;
-        vf at_label = nll ? none : one;
-        BestTwo best;
-        for (int64_t c = 0; c < classes; c++) {
-            const vf a = used ? load(x + c * W) - maximum : none, e = exp(a, soft);
-            z += e;
-            store(x + c * W, e);
-            best.take(e);
-            at_label = label == int(c) ? (nll ? a : e) : at_label;
-            if (j > 0) {
-                const vf difference = a - load(student_a + c * W);
-                d = fma(e, e != 0 ? difference : none, d);
-                continue;
-            }
-            store(student_a + c * W, a);
-            if (p.ce_weight == 0) continue;
-            total += a;
-            cross_label = load_bits<vi>(row.label) == int(c) ? a : cross_label;
-            if (!plan.apart) continue;
-            const vf sharp_v = exp(a, sharp);
-            sharp_z += sharp_v;
-            store(sharp_e + c * W, sharp_v);
+    vf maximum = set(-infinity);
+    for (int64_t i = g * W; i < end; i += lanes) maximum = max(maximum, load(x + i));
+    vf z = none, d = none, sharp_z = none, total = none, at_cross_label = none;
+    vf at_label = nll ? none : one;
+    BestTwo best;
+    vi c = {};
+    for (int64_t i = g * W; i < end; i += lanes, c += 1) {
+        const vf a = used ? load(x + i) - maximum : none, e = exp(a, soft);
+        z += e;
+        store(x + i, e);
+        best.take(e);
+        at_label = label == c ? (nll ? a : e) : at_label;
+        if (j > 0) {
+            const vf difference = a - load(student_a + i);
+            d = fma(e, e != 0 ? difference : none, d);
+            continue;
         }
-        store(t.label, nll ? at_label * inverse_tau : at_label);
-        store(t.other, at_label >= 1 ? best.second : one);
-        store(t.z, z);
-        store(t.d, d * inverse_tau);
-        if (j == 0) {
-            store(row.z, plan.apart ? sharp_z : z);
-            store(row.sum, total);
-            store(row.at_label, cross_label);
-        }
+        store(student_a + i, a);
+        if (p.ce_weight == 0) continue;
+        total += a;
+        at_cross_label = cross_label == c ? a : at_cross_label;
+        if (!plan.apart) continue;
+        const vf sharp_v = exp(a, sharp);
+        sharp_z += sharp_v;
+        store(sharp_e + i, sharp_v);
     }
+    store(t.label, nll ? at_label * inverse_tau : at_label);
+    store(t.other, at_label >= 1 ? best.second : one);
+    store(t.z, z);
+    store(t.d, d * inverse_tau);
+    if (j > 0) return;
+    store(row.z, plan.apart ? sharp_z : z);
+    store(row.sum, total);
+    store(row.at_label, at_cross_label);
 }
 
-// Margins, weights, divergences and what follows from them. Returns the sum of the rows' losses.
-double Worker::weigh() {
+// Margins, weights, divergences and what follows from them.
+void Worker::weigh(int g) {
     const vf none = {};
+    const int64_t first = begin + g * W;
+    const int rows = group_rows(g);
+    Rows& row = this->row[g];
+    Measured* const tensor = this->tensor + g * plan.tensors;
     const vf counts = load(row.counts), weight = load(row.weight), cross = load(row.cross);
-    const auto write = [&](float* out, vf v) { store(out, v, Part{rows}); };
+    const auto write = [&](float* out, vf v) { rows == W ? store(out, v, Whole{}) : store(out, v, Part{rows}); };
     const auto margin = [&](const Measured& t) -> vf {
         const vf z = load(t.z);
         if (p.weighting == Weighting::label_nll) return load(t.label) - log(z);
@@ -767,25 +794,25 @@ double Worker::weigh() {
         divergence += w != 0 ? w * kl : none;
         if (p.kd_weight > 0) store(t.factor, w != 0 ? taught_scale * w / z : none);
         if (p.student_margin) {
-            const int64_t at = (j - 1) * p.rows + begin;
+            const int64_t at = (j - 1) * p.rows + first;
             write(p.weights + at, w);
             write(p.margins + at, teaches ? load(t.margin) : none);
             write(p.kd + at, teaches ? kl : none);
         }
     }
-    if (p.student_margin) write(p.student_margin + begin, counts != 0 ? margin(tensor[0]) : none);
+    if (p.student_margin) write(p.student_margin + first, counts != 0 ? margin(tensor[0]) : none);
 
-    vf loss = none;
+    vf row_loss = none;
     store(tensor[0].factor, none);
     if (p.kd_weight > 0) {
-        loss = p.kd_weight * float(p.temperature * p.temperature) * divergence;
+        row_loss = p.kd_weight * float(p.temperature * p.temperature) * divergence;
         store(tensor[0].factor, chosen != 0 ? taught_scale / student_z : none);
     }
     if (p.ce_weight > 0) {
         const float smoothed = p.label_smoothing / float(p.classes);
         vf ce = log(load(row.z)) - (1 - p.label_smoothing) * load(row.at_label);
         if (smoothed > 0) ce -= smoothed * load(row.sum);
-        loss += cross != 0 ? p.ce_weight * ce : none;
+        row_loss += cross != 0 ? p.ce_weight * ce : none;
         const vf ce_scale = cross != 0 ? scale * p.ce_weight : none;
         const vf factor = cross != 0 ? ce_scale / load(row.z) : none;
         store(row.factor, plan.apart ? factor : none);
@@ -793,14 +820,13 @@ double Worker::weigh() {
         store(row.everywhere, ce_scale * smoothed);
         store(row.one_hot, ce_scale * (1 - p.label_smoothing));
     }
-    loss = weight > 0 ? weight * loss : none;
-    if (p.row_loss) write(p.row_loss + begin, loss);
-    double sum = 0;
-    for (int lane = 0; lane < rows; lane++) sum += loss[lane];
-    return sum;
+    row_loss = weight > 0 ? weight * row_loss : none;
+    if (p.row_loss) write(p.row_loss + first, row_loss);
+    loss += __builtin_convertvector(row_loss, vd);
 }
 
 void Worker::combine_row(int lane) {
+    const Rows& row = *this->row;
     const int64_t n = begin + lane, size = p.gradient_type == Type::f32 ? 4 : 2;
     char* const out = (char*)p.gradient + n * p.classes * size;
     if (!(row.weight[lane] > 0)) {
@@ -863,66 +889,76 @@ void Worker::combine_row(int lane) {
     }
 }
 
-void Worker::combine_columns() {
-    const int64_t classes = p.classes, size = classes * W;
+void Worker::combine_columns(int g) {
+    const int64_t classes = p.classes, lanes = plan.lanes, size = classes * lanes;
     float* const student_a = kept + plan.tensors * size;
     float* const cross_e = student_a + size;
-    // The gradient takes the place of what is no longer needed.
-    float* const g = student_a;
+    const Rows& row = this->row[g];
+    const Measured* const tensor = this->tensor + g * plan.tensors;
     const vf alive = load(row.weight), none = {};
     // A factor of 0 takes out what may be NaN.
     const auto exponentials = [&](const float* e, vf factor) -> vf { return factor != 0 ? load(e) : none; };
-    for (int64_t c = 0; c < classes; c++) {
+    for (int64_t c = 0, i = g * W; c < classes; c++, i += lanes) {
         vf mixture = none;
         for (int64_t j = 1; j < plan.tensors; j++) {
             const vf factor = load(tensor[j].factor);
-            mixture = fma(factor, exponentials(kept + j * size + c * W, factor), mixture);
+            mixture = fma(factor, exponentials(kept + j * size + i, factor), mixture);
         }
         const vf factor = load(tensor[0].factor);
-        vf v = factor * exponentials(kept + c * W, factor) - mixture;
+        vf v = factor * exponentials(kept + i, factor) - mixture;
         if (p.ce_weight > 0) {
             const vf sharp_factor = load(row.factor);
-            if (plan.apart) v = fma(sharp_factor, exponentials(cross_e + c * W, sharp_factor), v);
+            if (plan.apart) v = fma(sharp_factor, exponentials(cross_e + i, sharp_factor), v);
             v -= load(row.everywhere);
             v -= load_bits<vi>(row.label) == int(c) ? load(row.one_hot) : none;
         }
-        store(g + c * W, alive > 0 ? v : none);
+        // The gradient takes the place of what is no longer needed.
+        store(student_a + i, alive > 0 ? v : none);
     }
     // Rows are written in order: what reaches into the next one is overwritten.
+    float* const out = flat + g * W * classes;
     for (int64_t c = 0; c < classes; c += 4) {
         if (c + 4 > classes && classes >= 4) c = classes - 4;
-        const float* const column = g + c * W;
-        store_columns(flat + c, classes, load(column), load(column + W), c + 2 < classes ? load(column + 2 * W) : none,
-                      c + 3 < classes ? load(column + 3 * W) : none);
+        const float* const column = student_a + c * lanes + g * W;
+        store_columns(out + c, classes, load(column), load(column + lanes), c + 2 < classes ? load(column + 2 * lanes) : none,
+                      c + 3 < classes ? load(column + 3 * lanes) : none);
     }
-    const int64_t bytes = p.gradient_type == Type::f32 ? 4 : 2;
-    write_block(flat, (char*)p.gradient + begin * classes * bytes, p.gradient_type, rows * classes, false, (uint16_t*)fresh);
 }
 
-double Worker::run_tile(int64_t first) {
-    open(first);
-    if (plan.columns)
-        measure_columns();
-    else {
+void Worker::run_tile(int64_t first) {
+    begin = first;
+    rows = p.rows - first < plan.tile ? int(p.rows - first) : plan.tile;
+    const int groups = (rows + W - 1) / W;
+    for (int g = 0; g < groups; g++) open(g);
+    if (plan.columns) {
+        for (int64_t j = 0; j < plan.tensors; j++) {
+            read_columns(matrix(j), kept + j * p.classes * plan.lanes);
+            for (int g = 0; g < groups; g++) measure_columns(j, g);
+        }
+    } else {
         for (int lane = 0; lane < rows; lane++) measure_row(lane);
         close_rows();
     }
-    const double loss = weigh();
-    if (!p.gradient) return loss;
-    if (plan.columns)
-        combine_columns();
-    else
+    for (int g = 0; g < groups; g++) weigh(g);
+    if (!p.gradient) return;
+    if (plan.columns) {
+        for (int g = 0; g < groups; g++) combine_columns(g);
+        const int64_t size = p.gradient_type == Type::f32 ? 4 : 2;
+        char* const out = (char*)p.gradient + first * p.classes * size;
+        write_block(flat, out, p.gradient_type, rows * p.classes, false, (uint16_t*)fresh);
+    } else {
         for (int lane = 0; lane < rows; lane++) combine_row(lane);
-    return loss;
+    }
 }
 
 int64_t tile_rows(const Problem& p) { return Plan(p).tile; }
 
 double loss_rows(const Problem& p, int64_t begin, int64_t end, char* scratch) {
     Worker worker(p, scratch);
-    double sum = 0;
-    for (int64_t n = begin; n < end; n += worker.plan.tile) sum += worker.run_tile(n);
+    for (int64_t n = begin; n < end; n += worker.plan.tile) worker.run_tile(n);
     fence();
+    double sum = 0;
+    for (int lane = 0; lane < W; lane++) sum += worker.loss[lane];
     return sum;
 }
 

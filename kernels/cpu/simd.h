@@ -22,6 +22,7 @@ constexpr int W = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
+typedef double vd __attribute__((vector_size(8 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
 typedef uint8_t vu8 __attribute__((vector_size(W)));
