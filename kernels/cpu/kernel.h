@@ -539,18 +539,31 @@ void Worker::open(int g) {
     Rows& row = this->row[g];
     Measured* const tensor = this->tensor + g * plan.tensors;
     const bool stats = p.student_margin;
-    // Plain loops over the lanes, without a branch inside: the compiler makes vectors of them.
-    clear(row.counts, row.weight);
+    const vi none = {};
+    const vf one = set(1), zero = {};
+    // Plain loops over the lanes, without a branch inside: the compiler makes vectors of them where all rows are there.
+    const auto each_row = [&](auto f) {
+        if (rows == W)
+            for (int lane = 0; lane < W; lane++) f(lane);
+        else
+            for (int lane = 0; lane < rows; lane++) f(lane);
+    };
+    clear(row.counts);
     for (int lane = rows; lane < W; lane++) row.label[lane] = -1;
-    for (int lane = 0; lane < rows; lane++) {
-        const int64_t label = p.labels ? p.labels[first + lane] : p.unlabeled_index;
-        row.label[lane] = label == p.unlabeled_index || label == p.ignore_index ? -1 : int32_t(label);
-        row.counts[lane] = label == p.ignore_index ? 0 : 1;
+    if (p.labels) {
+        const int64_t *const labels = p.labels + first, ignored = p.ignore_index, unlabeled = p.unlabeled_index;
+        each_row([&](int lane) {
+            const int64_t label = labels[lane];
+            row.label[lane] = (label == unlabeled) | (label == ignored) ? -1 : int32_t(label);
+            row.counts[lane] = label == ignored ? 0 : 1;
+        });
+    } else {
+        each_row([&](int lane) { row.label[lane] = -1, row.counts[lane] = 1; });
     }
-    for (int lane = 0; lane < rows; lane++) row.weight[lane] = p.sample_weight ? p.sample_weight[first + lane] : 1;
-    const vi none = {}, label = load_bits<vi>(row.label);
-    const vf one = set(1), zero = {}, counts = load(row.counts);
-    const vf weight = load(row.weight) * counts;
+    const vi label = load_bits<vi>(row.label);
+    const vf counts = load(row.counts);
+    vf weight = counts;
+    if (p.sample_weight) weight *= rows == W ? load(p.sample_weight + first) : load_first(p.sample_weight + first, rows, 0);
     const vi alive = weight > 0;
     const vf cross = (label >= 0) & alive & (none - (p.ce_weight > 0)) ? one : zero;
     const vf reads_teachers = stats ? counts : alive & (none - (p.kd_weight > 0)) ? one : zero;
@@ -564,22 +577,21 @@ void Worker::open(int g) {
         vf alpha = one;
         if (p.prior) {
             const float* const prior = p.prior + (p.prior_per_row ? k * p.rows + first : k);
-            alpha = p.prior_per_row ? load_first(prior, rows, 0) : set(*prior);
+            alpha = !p.prior_per_row ? set(*prior) : rows == W ? load(prior) : load_first(prior, rows, 0);
         }
         store(t.alpha, alpha * reads_teachers);
-        if (p.mask)
-            for (int lane = 0; lane < rows; lane++)
-                if (!p.mask[k * p.rows + first + lane]) t.alpha[lane] = 0;
+        if (p.mask) each_row([&, mask = p.mask + k * p.rows + first](int lane) { t.alpha[lane] = mask[lane] ? t.alpha[lane] : 0; });
         reads_student = load(t.alpha) > 0 ? one : reads_student;
     }
     store(row.student, reads_student);
-    // What no step measures is harmless: e^0 alone.
+    if (plan.columns) return;
+    // What `measure_row` passes over is harmless: e^0 alone.
     for (int64_t j = 0; j < plan.tensors; j++) {
         store(tensor[j].z, one);
-        clear(tensor[j].d, tensor[j].label, tensor[j].other, tensor[j].factor);
+        clear(tensor[j].d, tensor[j].label, tensor[j].other);
     }
     store(row.z, one);
-    clear(row.at_label, row.sum, row.factor, row.everywhere, row.one_hot);
+    clear(row.at_label, row.sum);
 }
 
 void Worker::measure_row(int lane) {
@@ -752,9 +764,8 @@ void Worker::weigh(int g) {
     const vf counts = load(row.counts), weight = load(row.weight), cross = load(row.cross);
     const auto write = [&](float* out, vf v) { rows == W ? store(out, v, Whole{}) : store(out, v, Part{rows}); };
     const auto margin = [&](const Measured& t) -> vf {
-        const vf z = load(t.z);
-        if (p.weighting == Weighting::label_nll) return load(t.label) - log(z);
-        return (load(t.label) - load(t.other)) / z;
+        if (p.weighting == Weighting::label_nll) return load(t.label) - log(load(t.z));
+        return (load(t.label) - load(t.other)) / load(t.z);
     };
 
     vf best = set(-infinity);
@@ -784,15 +795,16 @@ void Worker::weigh(int g) {
     }
 
     const vf scale = weight * p.gradient_scale, taught_scale = scale * (p.kd_weight * float(p.temperature));
-    const vf student_z = load(tensor[0].z);
+    const vf student_z = load(tensor[0].z), inverse_total = 1 / total;
+    const vi distils = vi{} - (p.kd_weight > 0);
     vf divergence = none;
     for (int64_t j = 1; j < plan.tensors; j++) {
         Measured& t = tensor[j];
         const vi teaches = load(t.alpha) > 0;
-        const vf z = load(t.z), w = teaches ? load(t.weight) / total : none;
-        const vf kl = load(t.d) / z + log(student_z / z);
+        const vf z = load(t.z), inverse_z = 1 / z, w = teaches ? load(t.weight) * inverse_total : none;
+        const vf kl = load(t.d) * inverse_z + log(student_z / z);
         divergence += w != 0 ? w * kl : none;
-        if (p.kd_weight > 0) store(t.factor, w != 0 ? taught_scale * w / z : none);
+        store(t.factor, (w != 0) & distils ? taught_scale * w * inverse_z : none);
         if (p.student_margin) {
             const int64_t at = (j - 1) * p.rows + first;
             write(p.weights + at, w);
@@ -806,7 +818,7 @@ void Worker::weigh(int g) {
     store(tensor[0].factor, none);
     if (p.kd_weight > 0) {
         row_loss = p.kd_weight * float(p.temperature * p.temperature) * divergence;
-        store(tensor[0].factor, chosen != 0 ? taught_scale / student_z : none);
+        store(tensor[0].factor, chosen != 0 ? taught_scale * (1 / student_z) : none);
     }
     if (p.ce_weight > 0) {
         const float smoothed = p.label_smoothing / float(p.classes);
@@ -877,7 +889,8 @@ void Worker::combine_row(int lane) {
         add_waiting();
         if (empty) __builtin_memset(gradient, 0, count * sizeof(float));
         with_term(0, 0, tensor[0].factor[lane], soft, [&](auto term) { subtract_from_block(gradient, count, term); });
-        with_term(plan.tensors, 0, row.factor[lane], sharp, [&](auto term) { add_block(gradient, count, false, term); });
+        if (plan.apart)
+            with_term(plan.tensors, 0, row.factor[lane], sharp, [&](auto term) { add_block(gradient, count, false, term); });
         if (row.cross[lane] != 0) {
             const float everywhere = row.everywhere[lane];
             if (everywhere != 0)
