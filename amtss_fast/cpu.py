@@ -109,9 +109,7 @@ def amtss_loss(
     loss = torch.empty(n_rows if per_row else ())
     grad_type = gradient_dtype(student_logits)
     grad = torch.empty((n_rows, n_classes) if need_grad else 0, dtype=grad_type)
-    per_teacher = (n_teachers, n_rows) if need_stats else 0
-    weights, margins, kd = torch.empty(per_teacher), torch.empty(per_teacher), torch.empty(per_teacher)
-    student_margin = torch.empty(n_rows if need_stats else 0)
+    stats = [torch.empty(n_teachers, n_rows) for _ in range(3)] + [torch.empty(n_rows)] if need_stats else []
 
     fault = _cpu.loss(
         n_rows,
@@ -134,10 +132,7 @@ def amtss_loss(
         grad.data_ptr() if need_grad else 0,
         _TYPES[grad_type],
         loss.data_ptr() if per_row else 0,
-        weights.data_ptr(),
-        margins.data_ptr(),
-        kd.data_ptr(),
-        student_margin.data_ptr(),
+        *([stat.data_ptr() for stat in stats] or (0, 0, 0, 0)),
         0 if per_row else loss.data_ptr(),
         torch.get_num_threads(),
     )
@@ -148,4 +143,4 @@ def amtss_loss(
         name, weight = ("teacher_prior", teacher_prior) if which == 2 else ("sample_weight", sample_weight)
         assert weight is not None
         raise_weight(name, float(weight.flatten()[index]))
-    return loss, grad, weights, margins, kd, student_margin
+    return loss, grad, *stats

@@ -34,7 +34,8 @@ BACKENDS = {
 # What `backend=None` tries, best first.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Loss and gradient; then, where they are asked for, weights, margins, kd and student_margin.
+Outputs = tuple[Tensor, ...]
 
 
 @functools.cache
@@ -141,14 +142,19 @@ class _Arguments(NamedTuple):
     need_stats: bool
 
 
-def _amtss_loss(*arguments: Any) -> Outputs:
+def _compute(*arguments: Any) -> Outputs:
     *values, backend = arguments
-    given = _Arguments(*values)
-    module = _choose(backend, given.student_logits, given.teacher_logits)
-    if _values_are_free(given.student_logits) and not module.CHECKS_VALUES:
-        _check_values(given)
-    outputs: Outputs = module.amtss_loss(*given)
+    module = _choose(backend, arguments[0], arguments[1])
+    if not module.CHECKS_VALUES and _values_are_free(arguments[0]):
+        _check_values(_Arguments(*values))
+    outputs: Outputs = module.amtss_loss(*values)
     return outputs
+
+
+def _amtss_loss(*arguments: Any) -> Outputs:
+    outputs = _compute(*arguments)
+    # An operator has as many outputs at every call, and no two of them may be the same tensor.
+    return *outputs, *(outputs[0].new_empty(0) for _ in range(6 - len(outputs)))
 
 
 def _amtss_loss_fake(
@@ -178,34 +184,32 @@ _library.impl("amtss_loss", _amtss_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("amtss_fast::amtss_loss", _amtss_loss_fake, lib=_library)
 
 
-class _AMTSSLoss(torch.autograd.Function):
-    """Saves the gradient that the forward pass has computed; backward only scales it."""
+class _AttachGradient(torch.autograd.Function):
+    """The loss, with the gradient that was computed beside it; backward only scales that."""
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        loss, grad, *stats = torch.ops.amtss_fast.amtss_loss(student_logits, *args)
+    def forward(ctx: Any, student_logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
         ctx.student_dtype = student_logits.dtype
-        ctx.n_inputs = 1 + len(args)
-        need_stats = args[-2]
-        if not need_stats:
-            return (loss,)
-        ctx.mark_non_differentiable(*stats)
-        return loss, *stats
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         # `once_differentiable` would pass a constant on where grad_loss itself needs no gradient.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("amtss_loss has no second derivative: call backward without create_graph=True")
         (grad,) = ctx.saved_tensors
-        return _scale(grad, grad_loss, ctx.student_dtype), *[None] * (ctx.n_inputs - 1)
+        return _scale(grad, grad_loss, ctx.student_dtype), None, None
 
 
 def _scale(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Grad [N, C] times grad_loss ([] or [N]), without a second [N, C] buffer where that is safe."""
+    compiling = torch.compiler.is_compiling()
+    on_cpu = not compiling and grad_loss.dim() == 0 and grad_loss.device.type == "cpu"
+    if on_cpu and dtype == grad.dtype and grad_loss.item() == 1.0:
+        return grad
     # With retain_graph the saved gradient is needed again.
-    kept = not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = not compiling and torch._C._autograd._get_current_graph_task_keep_graph()
     if _scales_on_device(grad, grad_loss):
         out = torch.empty_like(grad, dtype=dtype) if kept or dtype != grad.dtype else grad
         scaled: Tensor = _module("triton").scale_gradient(grad, grad_loss, out)
@@ -213,10 +217,8 @@ def _scale(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     scale = grad_loss.to(grad.dtype)
     if scale.dim() == 1:
         scale = scale.unsqueeze(-1)
-    if torch.compiler.is_compiling() or dtype != grad.dtype:
+    if compiling or dtype != grad.dtype:
         return (grad * scale).to(dtype)
-    if scale.dim() == 0 and scale.device.type == "cpu" and scale.item() == 1.0:
-        return grad
     return grad * scale if kept else grad.mul_(scale)
 
 
@@ -231,10 +233,33 @@ def _scales_on_device(grad: Tensor, grad_loss: Tensor) -> bool:
     )
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _dispatcher_is_needed(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> bool:
+    """Whether a compiler, a mode, a transform or a profiler wants to see the operator, or a tensor is of a subclass.
+
+    Otherwise it is called directly: on small batches the dispatcher would cost more than the kernel.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(student_logits) not in _PLAIN
+        or any(type(teacher) not in _PLAIN for teacher in teacher_logits)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def run(student_logits: Tensor, *args: Any, need_stats: bool, backend: str | None) -> tuple[Tensor, ...]:
     """The loss, and with `need_stats` the four stats. `args`: the operator's from `teacher_logits` to `reduction`."""
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        outputs: tuple[Tensor, ...] = _AMTSSLoss.apply(student_logits, *args, True, need_stats, backend)
-        return outputs
-    loss, _, *stats = torch.ops.amtss_fast.amtss_loss(student_logits, *args, False, need_stats, backend)
+    need_grad = torch.is_grad_enabled() and student_logits.requires_grad
+    needed = _dispatcher_is_needed(student_logits, args[0])
+    compute = torch.ops.amtss_fast.amtss_loss if needed else _compute
+    with torch.no_grad():
+        loss, grad, *stats = compute(student_logits, *args, need_grad, need_stats, backend)
+    if need_grad:
+        loss = _AttachGradient.apply(student_logits, loss, grad)
     return (loss, *stats) if need_stats else (loss,)

@@ -124,9 +124,7 @@ def amtss_loss(
 
     grad = (row_grad if need_grad else row_grad.new_empty(0)).to(gradient_dtype(student_logits))
     if not need_stats:
-        # Four tensors: outputs of an operator may not be the same one.
-        weights, margins, divergences, student_margin = (row_loss.new_empty(0) for _ in range(4))
-        return loss, grad, weights, margins, divergences, student_margin
+        return loss, grad
     student_margin = _margin(log_q, labels, labelled, weighting).where(counts, 0.0)
     return loss, grad, weights, margins, divergences, student_margin
 
