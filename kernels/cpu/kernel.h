@@ -239,6 +239,26 @@ inline float largest(const Row<T>& x, int64_t n) {
     return reduce_lanes(lane, [](float a, float b) { return a > b ? a : b; });
 }
 
+// The bits of bfloat16, read as an integer with all but the sign flipped where that is set, are in the numbers' order, and
+// twice as many of them as of floats fit a vector.
+inline float largest(const Row<bf16>& x, int64_t n) {
+    const auto order = [](vs16 bits) { return bits ^ ((bits >> 15) & 0x7fff); };
+    vs16 best = vs16{} - 0x7f81;  // of -inf
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        const vs16 key = order(load_bits<vs16>(x.p + i));
+        best = key > best ? key : best;
+    }
+    best = order(best);
+    float found = -infinity;
+    for (int lane = 0; lane < 2 * W; lane++) {
+        const float v = widen(bf16{uint16_t(best[lane])});
+        found = v > found ? v : found;
+    }
+    for (; i < n; i++) found = x[i] > found ? x[i] : found;
+    return found;
+}
+
 // Logits that are needed next: they are fetched while the current ones are worked on.
 struct Ahead {
     const char* p;

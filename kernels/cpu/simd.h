@@ -25,6 +25,7 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef double vd __attribute__((vector_size(8 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
+typedef int16_t vs16 __attribute__((vector_size(4 * W)));
 typedef uint8_t vu8 __attribute__((vector_size(W)));
 
 struct bf16 {
