@@ -25,7 +25,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ LAYERS = (2, 3, 4, 6, 9, 12)
 STUDENT_LAYER, STUDENT_SIZE = 3, 96
 ROWS_PER_LANGUAGE = 16
 LABELS_ONLY, UNIFORM = "labels only", "uniform"
+NEW_LANGUAGE = "new language"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Design:
     half_classes: bool = False
     """Teachers of all languages that each saw half of the classes, cross-fitted by concept, in place of GROUPS."""
     steps: int = 360
+
+    def everything(self) -> Design:
+        """With all concepts for teachers and student."""
+        return replace(self, teacher_share=1.0, steps=360)
 
 
 DESIGNS = {
@@ -172,7 +177,18 @@ class Situation:
     language_eval: Tensor
     concepts_eval: np.ndarray
     steps: int
-    teacher_accuracy: list[float] = field(default_factory=list)
+    teacher_right: Tensor  # [K, N] of the evaluation
+
+    @property
+    def teacher_accuracy(self) -> list[float]:
+        """Of each teacher in its own languages."""
+        mask = self.own[:, self.language_eval]
+        return [float(r[m].float().mean()) for r, m in zip(self.teacher_right, mask, strict=True)]
+
+    def own_teacher(self, language: int) -> Tensor:
+        """Whether the first teacher of the language is right, in its rows."""
+        first = int(self.own[:, language].int().argmax())
+        return self.teacher_right[first, self.language_eval == language]
 
 
 def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Situation:
@@ -221,7 +237,6 @@ def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Si
         kept = rng.permutation(learned)[: round(design.labelled * len(learned))]
         labels[torch.from_numpy(~np.isin(texts.concepts[student_rows], kept))] = -1
     right = teacher_logits[:, eval_rows].argmax(-1) == texts.labels[eval_rows]
-    mask = own[:, texts.language_ids[eval_rows]]
     return Situation(
         x[student_rows],
         labels,
@@ -234,7 +249,7 @@ def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Si
         texts.language_ids[eval_rows],
         texts.concepts[eval_rows],
         60 if quick else design.steps,
-        [float(r[m].float().mean()) for r, m in zip(right, mask, strict=True)],
+        right,
     )
 
 
@@ -303,6 +318,11 @@ def batches(language_ids: Tensor, n_languages: int, per_language: int, steps: in
 
 def train_student(s: Situation, variant: Variant, setting: dict[str, Any], seed: int) -> np.ndarray:
     """Trains one student; returns [N] whether each row of the evaluation is right."""
+    student = fit(s, variant, setting, seed)
+    return (student.predict(s.x_eval, s.language_eval) == s.labels_eval).numpy()
+
+
+def fit(s: Situation, variant: Variant, setting: dict[str, Any], seed: int) -> Student:
     torch.manual_seed(seed)
     n_teachers, _, n_classes = s.teacher_logits.shape
     n_languages, per_language = s.own.shape[1], ROWS_PER_LANGUAGE
@@ -374,7 +394,7 @@ def train_student(s: Situation, variant: Variant, setting: dict[str, Any], seed:
         if adaptive is not None:
             adaptive.update(stats, ids, row_mask=labelled[rows])
             adaptive.step()
-    return (student.predict(s.x_eval, s.language_eval) == s.labels_eval).numpy()
+    return student
 
 
 def statistics(logits: Tensor, labels: Tensor, weighting: str, beta: float = float("inf")) -> Any:
@@ -412,7 +432,20 @@ def fixed_prior(s: Situation, variant: Variant, setting: dict[str, Any]) -> Tens
 
 
 def run_design(
-    texts: Texts, design: Design, variants: dict[str, Variant], seeds: Sequence[int], tune: Sequence[int], quick: bool
+    texts: Texts,
+    design: Design,
+    variants: dict[str, Variant],
+    seeds: Sequence[int],
+    tune: Sequence[int],
+    quick: bool,
+) -> dict[str, Any]:
+    """Chooses the settings of each variant on the seeds `tune`, then tests them on `seeds`."""
+    result = choose(texts, design, variants, tune, quick)
+    return result | test(texts, design, variants, result["chosen"], seeds, quick) if seeds else result
+
+
+def choose(
+    texts: Texts, design: Design, variants: dict[str, Variant], tune: Sequence[int], quick: bool
 ) -> dict[str, Any]:
     started = time.time()
     tuned: dict[str, list[list[float]]] = {name: [[] for _ in v.settings()] for name, v in variants.items()}
@@ -424,15 +457,24 @@ def run_design(
         print(f"  tuning seed {seed}: {time.time() - started:.0f} s", flush=True)
     means = {name: [float(np.mean(scores)) for scores in places] for name, places in tuned.items()}
     chosen = {name: variants[name].settings()[int(np.argmax(scores))] for name, scores in means.items()}
-    result: dict[str, Any] = {
+    return {
         "chosen": chosen,
         "tuning": {
             name: [dict(s, accuracy=a) for s, a in zip(variants[name].settings(), means[name], strict=True)]
             for name in variants
         },
     }
-    if not seeds:
-        return result
+
+
+def test(
+    texts: Texts,
+    design: Design,
+    variants: dict[str, Variant],
+    chosen: dict[str, dict[str, Any]],
+    seeds: Sequence[int],
+    quick: bool,
+) -> dict[str, Any]:
+    started = time.time()
     right: dict[str, list[np.ndarray]] = {name: [] for name in variants}
     teachers, concepts = [], np.array([])
     for seed in seeds:
@@ -443,18 +485,160 @@ def run_design(
             right[name].append(train_student(situation, variant, chosen[name], seed))
         print(f"  seed {seed}: {time.time() - started:.0f} s", flush=True)
     table = {name: per_concept(np.stack(values), concepts) for name, values in right.items()}
-    result["teachers"] = np.mean(teachers, 0).tolist()
-    result["test"] = {
+    return {
+        "test": summary(right, table),
+        "teachers": np.mean(teachers, 0).tolist(),
+        "seconds": time.time() - started,
+    }
+
+
+def summary(right: dict[str, list[np.ndarray]], table: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    return {
         name: {
             "accuracy": float(np.mean([values.mean() for values in right[name]])),
             "per_seed": [float(values.mean()) for values in right[name]],
             "minus_uniform": interval(table[name], table[UNIFORM]),
             "minus_labels": interval(table[name], table[LABELS_ONLY]),
         }
-        for name in variants
+        for name in right
     }
-    result["seconds"] = time.time() - started
-    return result
+
+
+NEW, NEW_ROWS = "sw", 200
+# Who is heard, settings, and whether all other texts of the language are there too, without labels.
+NEW_VARIANTS: dict[str, tuple[Variant, bool]] = {
+    LABELS_ONLY: (Variant(kd_weights=(0.0,)), False),
+    UNIFORM: (Variant(), False),
+    "own teacher": (Variant("routing"), False),
+    "row margins": (Variant(betas=(0.05, 0.2)), False),
+    "own teacher, and unlabelled texts": (Variant("routing"), True),
+    "row margins, and unlabelled texts": (Variant(betas=(0.05, 0.2)), True),
+}
+
+
+def new_language(texts: Texts, seeds: Sequence[int], tune: Sequence[int], quick: bool) -> dict[str, Any]:
+    """A student of all other languages learns `NEW` from `NEW_ROWS` labelled texts; only its projection is trained."""
+    started = time.time()
+    language = texts.languages.index(NEW)
+    tuned: dict[str, dict[str, list[float]]] = {name: {} for name in NEW_VARIANTS}
+    for seed in tune:
+        s = draw(texts, DESIGNS["transfer"].everything(), seed, test=False, quick=quick)
+        student = fit(without(s, language), VARIANTS[UNIFORM], VARIANTS[UNIFORM].settings()[1], seed)
+        here = s.language_eval == language
+        for name, (variant, unlabelled) in NEW_VARIANTS.items():
+            for setting in variant.settings():
+                found = project(student, s, language, variant, setting, unlabelled, seed, quick)
+                right = (
+                    found.predict(s.x_eval[here], torch.zeros(int(here.sum()), dtype=torch.long)) == s.labels_eval[here]
+                )
+                tuned[name].setdefault(json.dumps(setting), []).append(float(right.float().mean()))
+    chosen = {
+        name: json.loads(max(places, key=lambda setting: float(np.mean(places[setting]))))
+        for name, places in tuned.items()
+    }
+    right: dict[str, list[np.ndarray]] = {}
+    concepts = np.array([])
+    for seed in seeds:
+        s = draw(texts, DESIGNS["transfer"].everything(), seed, test=True, quick=quick)
+        student = fit(without(s, language), VARIANTS[UNIFORM], VARIANTS[UNIFORM].settings()[1], seed)
+        here = s.language_eval == language
+        concepts = s.concepts_eval[here.numpy()]
+        models = {name: (*NEW_VARIANTS[name], chosen[name]) for name in NEW_VARIANTS}
+        found = {"nearest projection, untrained": start_projection(student, *new_rows(s, language, seed)[:3])}
+        for name, (variant, unlabelled, setting) in models.items():
+            found[name] = project(student, s, language, variant, setting, unlabelled, seed, quick)
+        for name, model in found.items():
+            classes = model.predict(s.x_eval[here], torch.zeros(int(here.sum()), dtype=torch.long))
+            right.setdefault(name, []).append((classes == s.labels_eval[here]).numpy())
+        right.setdefault("its own teacher", []).append(s.own_teacher(language).numpy())
+    table = {name: per_concept(np.stack(values), concepts) for name, values in right.items()}
+    chosen["nearest projection, untrained"] = chosen["its own teacher"] = {}
+    return {
+        "chosen": chosen,
+        "test": summary(right, table),
+        "teachers": [float(np.mean([v.mean() for v in right["its own teacher"]]))],
+        "seconds": time.time() - started,
+    }
+
+
+def without(s: Situation, language: int) -> Situation:
+    """The rows of all other languages; their ids close up."""
+
+    def ids(values: Tensor) -> Tensor:
+        return values - (values > language).long()
+
+    kept, kept_held = s.language_ids != language, s.calibration[2] != language
+    logits, labels, held_ids = s.calibration
+    return replace(
+        s,
+        x=s.x[kept],
+        labels=s.labels[kept],
+        language_ids=ids(s.language_ids[kept]),
+        teacher_logits=s.teacher_logits[:, kept].contiguous(),
+        calibration=(logits[:, kept_held], labels[kept_held], ids(held_ids[kept_held])),
+        own=torch.cat([s.own[:, :language], s.own[:, language + 1 :]], 1),
+    )
+
+
+def new_rows(s: Situation, language: int, seed: int) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Vectors and labels of the language's rows, labelled ones first; how many are labelled; and the row numbers."""
+    rows = (s.language_ids == language).nonzero().squeeze(1)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    labels = s.labels[rows].clone()
+    labels[NEW_ROWS:] = -1
+    return s.x[rows], labels, NEW_ROWS, rows
+
+
+def start_projection(student: Student, x: Tensor, labels: Tensor, labelled: int) -> Student:
+    """A student of one language that starts as the nearest of the others: the largest mean margin of the labels."""
+    margins = []
+    student.eval()
+    with torch.no_grad():
+        for weight, bias in zip(student.weight, student.bias, strict=True):
+            logits = student.classifier(x[:labelled] + torch.tanh(x[:labelled] @ weight + bias))
+            margins.append(float(statistics(logits.unsqueeze(0), labels[:labelled], "label_margin").margins.mean()))
+    nearest = int(np.argmax(margins))
+    new = Student(1, x.shape[1], student.classifier.out_features)
+    new.classifier.load_state_dict(student.classifier.state_dict())
+    new.weight.data[0], new.bias.data[0] = student.weight.data[nearest], student.bias.data[nearest]
+    new.classifier.requires_grad_(False)
+    return new
+
+
+def project(
+    student: Student,
+    s: Situation,
+    language: int,
+    variant: Variant,
+    setting: dict[str, Any],
+    unlabelled: bool,
+    seed: int,
+    quick: bool,
+) -> Student:
+    torch.manual_seed(seed)
+    x, labels, labelled, rows = new_rows(s, language, seed)
+    new = start_projection(student, x, labels, labelled)
+    count = len(x) if unlabelled else labelled
+    logits = s.teacher_logits[:, rows]
+    prior = fixed_prior(s, variant, setting)[:, language]
+    optimizer = torch.optim.AdamW([new.weight, new.bias], 2e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, 40 if quick else 200)
+    for batch in batches(torch.zeros(count, dtype=torch.long), 1, 64, 40 if quick else 200):
+        loss = amtss_loss(
+            new.train()(x[batch].unsqueeze(0))[0],
+            logits[:, batch],
+            labels[batch],
+            temperature=TEMPERATURE,
+            weight_temperature=setting["beta"],
+            teacher_prior=prior,
+            kd_weight=setting["kd_weight"],
+            ce_weight=1 - setting["kd_weight"],
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return new
 
 
 def per_concept(right: np.ndarray, concepts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -513,11 +697,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="folder or Hub id of a multilingual encoder with 12 layers")
     parser.add_argument("--cache", type=Path, default=Path("build/features"), help="folder of its sentence vectors")
-    parser.add_argument("--designs", default=",".join(DESIGNS), help="default: %(default)s")
+    parser.add_argument("--designs", default=",".join([*DESIGNS, NEW_LANGUAGE]), help="default: %(default)s")
     parser.add_argument("--variants", help="default: all")
     parser.add_argument("--seeds", type=int, default=8, help="fresh seeds to test (default: %(default)s)")
     parser.add_argument("--tune-seeds", type=int, default=3, help="seeds to choose settings on (default: %(default)s)")
     parser.add_argument("--tune-only", action="store_true", help="stop before test")
+    parser.add_argument("--chosen", type=Path, nargs="+", help="files of --tune-only: settings are not chosen again")
     parser.add_argument("--quick", action="store_true", help="a few steps each: to see that it runs")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
@@ -525,11 +710,21 @@ def main() -> None:
     variants = {name: VARIANTS[name] for name in dict.fromkeys([LABELS_ONLY, UNIFORM, *wanted])}
     texts = read_texts(options.encoder, options.cache)
     results: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(options).items()}}
+    tuned: dict[str, Any] = {}
+    for file in options.chosen or []:
+        tuned |= json.loads(file.read_text(encoding="utf-8"))
     for name in options.designs.split(","):
         print(f"{name}:", flush=True)
         seeds = [] if options.tune_only else range(options.seeds)
         tune = range(1000, 1000 + options.tune_seeds)
-        results[name] = run_design(texts, DESIGNS[name], variants, seeds, tune, options.quick)
+        if name == NEW_LANGUAGE:
+            results[name] = new_language(texts, seeds or range(0), tune, options.quick)
+        elif options.chosen:
+            known = {variant: how for variant, how in variants.items() if variant in tuned[name]["chosen"]}
+            found = test(texts, DESIGNS[name], known, tuned[name]["chosen"], seeds, options.quick)
+            results[name] = tuned[name] | found
+        else:
+            results[name] = run_design(texts, DESIGNS[name], variants, seeds, tune, options.quick)
         print(show(name, results[name]), flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
