@@ -76,8 +76,8 @@ class Texts:
         return white
 
 
-def read_texts(encoder: str, cache: Path) -> Texts:
-    data = load_data("cldr_topic", keep=("concept",))
+def read_texts(encoder: str, cache: Path, only: list[str] | None = None) -> Texts:
+    data = load_data("cldr_topic", keep=("concept",), languages=only)
     columns = {name: [v for part in data.values() for v in part[name]] for name in ("text", "language", "concept")}
     unique = sorted(set(columns["text"]))
     vectors = sentence_vectors(unique, encoder, LAYERS, cache)
@@ -533,9 +533,15 @@ def new_language(texts: Texts, seeds: Sequence[int], tune: Sequence[int], quick:
                 )
                 tuned[name].setdefault(json.dumps(setting), []).append(float(right.float().mean()))
     chosen = {
-        name: json.loads(max(places, key=lambda setting: float(np.mean(places[setting]))))
-        for name, places in tuned.items()
+        name: json.loads(max(scores, key=lambda setting, scores=scores: float(np.mean(scores[setting]))))  # type: ignore[misc]
+        for name, scores in tuned.items()
     }
+    places = {
+        name: [dict(json.loads(setting), accuracy=float(np.mean(scores))) for setting, scores in found.items()]
+        for name, found in tuned.items()
+    }
+    if not seeds:
+        return {"chosen": chosen, "tuning": places}
     right: dict[str, list[np.ndarray]] = {}
     concepts = np.array([])
     for seed in seeds:
@@ -555,6 +561,7 @@ def new_language(texts: Texts, seeds: Sequence[int], tune: Sequence[int], quick:
     chosen["nearest projection, untrained"] = chosen["its own teacher"] = {}
     return {
         "chosen": chosen,
+        "tuning": places,
         "test": summary(right, table),
         "teachers": [float(np.mean([v.mean() for v in right["its own teacher"]]))],
         "seconds": time.time() - started,
@@ -698,7 +705,8 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="folder or Hub id of a multilingual encoder with 12 layers")
     parser.add_argument("--cache", type=Path, default=Path("build/features"), help="folder of its sentence vectors")
     parser.add_argument("--designs", default=",".join([*DESIGNS, NEW_LANGUAGE]), help="default: %(default)s")
-    parser.add_argument("--variants", help="default: all")
+    parser.add_argument("--variants", help="with ; between them; default: all")
+    parser.add_argument("--languages", help="fewer than all fifteen, to see that it runs: en,sw,tr")
     parser.add_argument("--seeds", type=int, default=8, help="fresh seeds to test (default: %(default)s)")
     parser.add_argument("--tune-seeds", type=int, default=3, help="seeds to choose settings on (default: %(default)s)")
     parser.add_argument("--tune-only", action="store_true", help="stop before test")
@@ -706,9 +714,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps each: to see that it runs")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
-    wanted = options.variants.split(",") if options.variants else list(VARIANTS)
+    wanted = options.variants.split(";") if options.variants else list(VARIANTS)
     variants = {name: VARIANTS[name] for name in dict.fromkeys([LABELS_ONLY, UNIFORM, *wanted])}
-    texts = read_texts(options.encoder, options.cache)
+    texts = read_texts(options.encoder, options.cache, options.languages and options.languages.split(","))
     results: dict[str, Any] = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(options).items()}}
     tuned: dict[str, Any] = {}
     for file in options.chosen or []:

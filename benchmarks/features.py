@@ -28,7 +28,7 @@ def sentence_vectors(
         return stored
     tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False).float().eval()
-    ids = tokenizer(list(texts), truncation=True, max_length=128)["input_ids"]
+    ids = tokenizer(list(texts), truncation=True, max_length=min(128, tokenizer.model_max_length))["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     vectors = np.empty((len(texts), len(layers), model.config.hidden_size), dtype=np.float16)
     started, done = time.time(), 0
