@@ -527,19 +527,15 @@ def new_language(texts: Texts, seeds: Sequence[int], tune: Sequence[int], quick:
         here = s.language_eval == language
         for name, (variant, unlabelled) in NEW_VARIANTS.items():
             for setting in variant.settings():
-                found = project(student, s, language, variant, setting, unlabelled, seed, quick)
-                right = (
-                    found.predict(s.x_eval[here], torch.zeros(int(here.sum()), dtype=torch.long)) == s.labels_eval[here]
-                )
-                tuned[name].setdefault(json.dumps(setting), []).append(float(right.float().mean()))
-    chosen = {
-        name: json.loads(max(scores, key=lambda setting, scores=scores: float(np.mean(scores[setting]))))  # type: ignore[misc]
+                model = project(student, s, language, variant, setting, unlabelled, seed, quick)
+                score = float(of_language(model, s, here).mean())
+                tuned[name].setdefault(json.dumps(setting), []).append(score)
+    places = {
+        name: [dict(json.loads(setting), accuracy=float(np.mean(values))) for setting, values in scores.items()]
         for name, scores in tuned.items()
     }
-    places = {
-        name: [dict(json.loads(setting), accuracy=float(np.mean(scores))) for setting, scores in found.items()]
-        for name, found in tuned.items()
-    }
+    best = {name: max(found, key=lambda place: place["accuracy"]) for name, found in places.items()}
+    chosen = {name: {k: v for k, v in place.items() if k != "accuracy"} for name, place in best.items()}
     if not seeds:
         return {"chosen": chosen, "tuning": places}
     right: dict[str, list[np.ndarray]] = {}
@@ -550,12 +546,11 @@ def new_language(texts: Texts, seeds: Sequence[int], tune: Sequence[int], quick:
         here = s.language_eval == language
         concepts = s.concepts_eval[here.numpy()]
         models = {name: (*NEW_VARIANTS[name], chosen[name]) for name in NEW_VARIANTS}
-        found = {"nearest projection, untrained": start_projection(student, *new_rows(s, language, seed)[:3])}
+        students = {"nearest projection, untrained": start_projection(student, *new_rows(s, language, seed)[:3])}
         for name, (variant, unlabelled, setting) in models.items():
-            found[name] = project(student, s, language, variant, setting, unlabelled, seed, quick)
-        for name, model in found.items():
-            classes = model.predict(s.x_eval[here], torch.zeros(int(here.sum()), dtype=torch.long))
-            right.setdefault(name, []).append((classes == s.labels_eval[here]).numpy())
+            students[name] = project(student, s, language, variant, setting, unlabelled, seed, quick)
+        for name, model in students.items():
+            right.setdefault(name, []).append(of_language(model, s, here))
         right.setdefault("its own teacher", []).append(s.own_teacher(language).numpy())
     table = {name: per_concept(np.stack(values), concepts) for name, values in right.items()}
     chosen["nearest projection, untrained"] = chosen["its own teacher"] = {}
@@ -566,6 +561,12 @@ def new_language(texts: Texts, seeds: Sequence[int], tune: Sequence[int], quick:
         "teachers": [float(np.mean([v.mean() for v in right["its own teacher"]]))],
         "seconds": time.time() - started,
     }
+
+
+def of_language(student: Student, s: Situation, rows: Tensor) -> np.ndarray:
+    """Whether a student of one language is right in these rows of the evaluation."""
+    classes = student.predict(s.x_eval[rows], torch.zeros(int(rows.sum()), dtype=torch.long))
+    return (classes == s.labels_eval[rows]).numpy()
 
 
 def without(s: Situation, language: int) -> Situation:
