@@ -213,6 +213,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from amtss_fast.student import AMTSSForSequenceClassification, load_tokenizer
 
     config = load_config(options.run / "config.yaml", options.overrides)
+    if config.task != "sequence-classification":
+        raise ValueError(
+            f"evaluate is for classifiers; {options.run} is a run of task {config.task!r}, see metrics.json"
+        )
     folder = options.run / "student"
     student = AMTSSForSequenceClassification.from_pretrained(folder, device_map=_device())
     tokenizer = load_tokenizer(folder)
@@ -229,9 +233,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
     from amtss_fast.student import AMTSSForSequenceClassification
 
     folder = options.run / "student" if (options.run / "student").is_dir() else options.run
+    if (model_type := AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type) != "amtss":
+        raise ValueError(f"predict is for classifiers, {folder} holds a model of type {model_type!r}")
     student = AMTSSForSequenceClassification.from_pretrained(folder, device_map=_device())
     # Enough rows at once that sorting by length pays, few enough that the first answers come soon.
     for rows in _chunks(_read_rows(options), 32 * options.batch_size):

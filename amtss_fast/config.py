@@ -51,6 +51,8 @@ class DataConfig(_Section):
     labelled_fraction: float = Field(default=1.0, gt=0, le=1)
     """The share of the training rows whose label the student sees; the others become -1."""
     max_length: int = Field(default=128, gt=2)
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """The share of the tokens that a masked language model has to predict."""
 
 
 class TokenizerConfig(_Section):
@@ -61,7 +63,10 @@ class TokenizerConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """A model on an encoder: of a folder or Hub id, or fresh, from a configuration with its `model_type`."""
+    """A model on an encoder: of a folder or Hub id, or fresh, from a configuration with its `model_type`.
+
+    A language model has nothing but its encoder.
+    """
 
     encoder: str | dict[str, Any]
     pooling: str = "mean"
@@ -104,7 +109,9 @@ class CacheConfig(_Section):
 class RunConfig(_Section):
     """One run: data, teachers, student, and the folder that it leaves."""
 
-    task: str
+    task: Literal["sequence-classification", "masked-lm", "causal-lm"] = "sequence-classification"
+    title: str | None = None
+    """What the report calls the run; default: the task."""
     output_dir: str
     data: DataConfig
     student: ModelConfig
@@ -124,6 +131,20 @@ class RunConfig(_Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must have different names, got {names}")
+        if self.task != "sequence-classification" and self.teacher_cache is not None:
+            raise ValueError(f"teacher_cache is for sequence-classification, not for task {self.task!r}")
+        if self.task != "sequence-classification":
+            models = [self.student, *(teacher.model for teacher in self.teachers if teacher.model is not None)]
+            useless = sorted(
+                {
+                    name
+                    for model in models
+                    for name, field in ModelConfig.model_fields.items()
+                    if name != "encoder" and getattr(model, name) != field.default
+                }
+            )
+            if useless:
+                raise ValueError(f"task {self.task!r} has no use for {', '.join(useless)}: models have an encoder only")
         for teacher in self.teachers:
             if (teacher.path is None) == (teacher.model is None):
                 raise ValueError(f"teacher {teacher.name!r} needs either a path or a model to train")

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,7 +46,8 @@ from amtss_fast.loss import amtss_loss
 from amtss_fast.precision import Answers, ask, changes
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
-from amtss_fast.teachers import PRECISIONS, Teacher, TeacherPool, load_teacher
+from amtss_fast.teachers import PRECISIONS, TASK_MODELS, Teacher, TeacherPool, load_teacher
+from amtss_fast.tokens import LanguageModelCollator, TokenTask, TokenTeachers, teacher_scores, token_metrics
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
 _FILES = ("config.yaml", "log.jsonl", "metrics.json", "report.html")
@@ -64,7 +65,7 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
         ValueError: `resume` with another configuration; and what the data, the models and the loss find wrong.
     """
     folder = Path(config.output_dir)
-    run = _Run(config, folder, resume)
+    run = (_Run if config.task == "sequence-classification" else _LanguageModelRun)(config, folder, resume)
     # Wrong training arguments show before anything is written.
     for teacher in config.teachers:
         run.teacher_arguments(teacher)
@@ -114,6 +115,8 @@ def check_teachers(
     unknown = [name for name in precisions if name not in PRECISIONS or name == "float32"]
     if unknown or not precisions:
         raise ValueError(f"precisions must be among {', '.join(PRECISIONS[1:])}; got {', '.join(precisions)}")
+    if config.task != "sequence-classification":
+        raise ValueError(f"teachers are compared in sequence-classification, not in task {config.task!r}")
     run = _Run(config, Path(config.output_dir), resume=True)
     for teacher in config.teachers:
         folder = run.folder / "teachers" / teacher.name
@@ -160,7 +163,7 @@ class _Run:
     def carry_out(self, state: PartialState) -> None:
         started = time.time()
         seconds: dict[str, float] = {}
-        students: dict[str, AMTSSForSequenceClassification] = {}
+        students: dict[str, Any] = {}
 
         for teacher in self.config.teachers:
             self._source(teacher)
@@ -211,7 +214,16 @@ class _Run:
             return load_tokenizer(path)
         train = self.data["train"]
         texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
-        return train_tokenizer(texts, self.config.tokenizer.vocab_size)
+        return train_tokenizer(texts, self.config.tokenizer.vocab_size, mask=self.config.task == "masked-lm")
+
+    def _load(self, folder: str | Path) -> Any:
+        return AMTSSForSequenceClassification.from_pretrained(folder)
+
+    def _collator(self, keep_text: bool) -> Any:
+        return DistillationCollator(self.tokenizer, keep_text=keep_text)
+
+    def _scores(self, rows: Dataset, students: dict[str, Any], pool: Any) -> dict[str, Any]:
+        return evaluate(rows, self.tokenizer, students, pool)
 
     def _source(self, teacher: TeacherConfig) -> str | Path:
         """Where a teacher is, trained now if it is not there yet."""
@@ -234,13 +246,14 @@ class _Run:
             device=self._device,
             label_names=teacher.label_names,
             name=teacher.name,
+            task=self.config.task,
         )
 
     @property
     def _device(self) -> torch.device:
         return self.arguments(STUDENT, self.config.training).device
 
-    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TeacherPool:
+    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> Any:
         return TeacherPool(
             [self._teacher(teacher) for teacher in teachers or self.config.teachers],
             label_names=self.label_names,
@@ -389,26 +402,23 @@ class _Run:
         data = DatasetDict(
             {split: rows.filter(_in(languages), input_columns="language") for split, rows in self.data.items()}
         )
-        self._train(model, data, None, self.teacher_arguments(teacher), target)
+        self._train(model, data, None, self.teacher_arguments(teacher), target, languages)
 
-    def _train_student(
-        self, pool: TeacherPool | CachedTeachers
-    ) -> tuple[AMTSSForSequenceClassification, AMTSSTrainer | None]:
+    def _train_student(self, pool: Any) -> tuple[Any, AMTSSTrainer | None]:
         target = self.folder / STUDENT
         if target.is_dir():
-            return AMTSSForSequenceClassification.from_pretrained(target), None
+            return self._load(target), None
         model = self._new_model(self.config.student, self.languages)
         arguments = self.arguments(STUDENT, self.config.training)
-        trainer = self._train(model, self._student_data, pool, arguments, target)
+        trainer = self._train(model, self._student_data, pool, arguments, target, self.languages)
         return model, trainer
 
-    def _train_labels_only(self) -> AMTSSForSequenceClassification:
+    def _train_labels_only(self) -> Any:
         target = self.folder / "labels-only"
         if target.is_dir():
-            return AMTSSForSequenceClassification.from_pretrained(target)
+            return self._load(target)
         model = self._new_model(self.config.student, self.languages)
-        data = DatasetDict(self._student_data)
-        data["train"] = data["train"].filter(lambda label: label >= 0, input_columns="label")
+        data = self._labelled_data
         # As many optimiser steps as the student had, on the labelled rows again and again.
         student = self.arguments(STUDENT, self.config.training)
         per_step = student.train_batch_size * student.gradient_accumulation_steps * student.world_size
@@ -418,8 +428,14 @@ class _Run:
             # Without teachers nothing says which languages lag.
             options["language_sampling"] = "proportional"
         options["max_steps"] = student.max_steps if student.max_steps > 0 else steps
-        self._train(model, data, None, self.arguments(target.name, options), target)
+        self._train(model, data, None, self.arguments(target.name, options), target, self.languages)
         return model
+
+    @property
+    def _labelled_data(self) -> DatasetDict:
+        data = DatasetDict(self._student_data)
+        data["train"] = data["train"].filter(lambda label: label >= 0, input_columns="label")
+        return data
 
     @cached_property
     def _student_data(self) -> DatasetDict:
@@ -427,12 +443,15 @@ class _Run:
         data["train"] = keep_labels(data["train"], self.config.data.labelled_fraction, seed=self.config.seed)
         return data
 
-    def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> AMTSSForSequenceClassification:
+    def _encoder(self, model: ModelConfig) -> Any:
         set_seed(self.config.seed)
-        encoder: Any = model.encoder
-        if isinstance(encoder, dict):
-            options = {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id, **encoder}
-            encoder = AutoConfig.for_model(**options)
+        if isinstance(model.encoder, str):
+            return model.encoder
+        options = {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id, **model.encoder}
+        return AutoConfig.for_model(**options)
+
+    def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> Any:
+        encoder = self._encoder(model)
         return AMTSSForSequenceClassification.from_encoder(
             encoder,
             languages=languages,
@@ -445,7 +464,11 @@ class _Run:
 
     def arguments(self, name: str, options: dict[str, Any]) -> AMTSSTrainingArguments:
         """The arguments of one training; its checkpoints go to a folder of its own."""
-        defaults = {"seed": self.config.seed, "dataloader_pin_memory": torch.cuda.is_available()}
+        defaults = {
+            "task": self.config.task,
+            "seed": self.config.seed,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
         return AMTSSTrainingArguments(**{**defaults, **options, "output_dir": str(self.folder / "training" / name)})
 
     def teacher_arguments(self, teacher: TeacherConfig) -> AMTSSTrainingArguments:
@@ -455,17 +478,18 @@ class _Run:
 
     def _train(
         self,
-        model: AMTSSForSequenceClassification,
+        model: Any,
         data: DatasetDict,
-        pool: TeacherPool | CachedTeachers | None,
+        pool: Any,
         arguments: AMTSSTrainingArguments,
         target: Path,
+        languages: Sequence[str],
     ) -> AMTSSTrainer:
         keep_text = pool is not None and pool.needs_text
         encoded = encode(
             data,
             self.tokenizer,
-            languages=model.config.languages,
+            languages=languages,
             max_length=self.config.data.max_length,
             keep_text=keep_text,
         )
@@ -479,12 +503,13 @@ class _Run:
             model,
             arguments,
             teachers=pool,
+            languages=languages,
             train_dataset=encoded["train"],
             eval_dataset=encoded.get("validation"),
-            data_collator=DistillationCollator(self.tokenizer, keep_text=keep_text),
+            data_collator=self._collator(keep_text),
             processing_class=self.tokenizer,
         )
-        rows = f"{len(encoded['train']):,} texts in {len(model.config.languages)} languages"
+        rows = f"{len(encoded['train']):,} texts in {len(languages)} languages"
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         if trainer.is_world_process_zero():
             print(f"\nTraining {target.name}: {rows}, {size}", flush=True)
@@ -499,7 +524,7 @@ class _Run:
 
     # What it was worth.
 
-    def _evaluate(self, pool: TeacherPool, students: dict[str, AMTSSForSequenceClassification]) -> dict[str, Any]:
+    def _evaluate(self, pool: Any, students: dict[str, Any]) -> dict[str, Any]:
         split = "test" if "test" in self.data else "validation"
         if split not in self.data:
             raise ValueError(
@@ -512,9 +537,9 @@ class _Run:
             max_length=self.config.data.max_length,
             keep_text=pool.needs_text,
         )
-        results = evaluate(rows, self.tokenizer, students, pool)
+        results = self._scores(rows, students, pool)
         return {
-            "task": self.config.task,
+            "task": self.config.title or self.config.task,
             "languages": self.languages,
             "label_names": self.label_names,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -540,11 +565,61 @@ class _Run:
         write_atomically(self.folder / "log.jsonl", "\n".join(lines) + "\n")
 
 
+class _LanguageModelRun(_Run):
+    """A run of masked or causal language models: every text teaches, and accuracy is that of predicted tokens."""
+
+    @property
+    def label_names(self) -> list[str]:
+        return []
+
+    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TokenTeachers:
+        loaded = [self._teacher(teacher) for teacher in teachers or self.config.teachers]
+        return TokenTeachers(loaded, task=self.config.task, languages=self.languages, tokenizer=self.tokenizer)
+
+    def _load(self, folder: str | Path) -> PreTrainedModel:
+        model, info = TASK_MODELS[self.config.task].from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"{folder} lacks weights of a {type(model).__name__}: {sorted(info['missing_keys'])}")
+        return cast(PreTrainedModel, model)
+
+    def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> PreTrainedModel:
+        encoder = self._encoder(model)
+        if isinstance(encoder, str):
+            return self._load(encoder)
+        fresh: PreTrainedModel = TASK_MODELS[self.config.task].from_config(encoder)
+        return fresh
+
+    @property
+    def _student_data(self) -> DatasetDict:
+        return self.data
+
+    @property
+    def _labelled_data(self) -> DatasetDict:
+        return self.data
+
+    def _collator(self, keep_text: bool) -> LanguageModelCollator:
+        return LanguageModelCollator(
+            self.tokenizer,
+            self.config.task,
+            mask_probability=self.config.data.mask_probability,
+            seed=self.config.seed,
+        )
+
+    def _scores(self, rows: Dataset, students: dict[str, Any], pool: Any) -> dict[str, Any]:
+        return evaluate_tokens(rows, self._collator(False), students, self.config.task, self.languages, pool)
+
+
 def load_run_data(config: RunConfig) -> DatasetDict:
     """The data of a configuration, with a validation split of its own where it asks for one."""
     options = config.data.model_dump(exclude={"validation_fraction", "labelled_fraction", "max_length"})
     if options["revision"] is None:
         del options["revision"]
+    del options["mask_probability"]
+    if config.task != "sequence-classification" and options["label"] is None:
+        # A table without labels wants names for them, which nobody looks at.
+        options["label_names"] = ["text"]
     data = load_data(options.pop("name"), **options)
     if config.data.validation_fraction and "validation" not in data:
         parts = split_data(data["train"], validation=config.data.validation_fraction, test=0, seed=config.seed)
@@ -552,14 +627,18 @@ def load_run_data(config: RunConfig) -> DatasetDict:
     return data
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of these texts: [CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]."""
+def train_tokenizer(texts: Sequence[str], vocab_size: int, mask: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of these texts: [CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP].
+
+    `mask`: with a token [MASK].
+    """
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(["[MASK]"] if mask else [])]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -574,6 +653,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        mask_token="[MASK]" if mask else None,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -619,6 +699,36 @@ def evaluate(
         values = np.concatenate(logits[name])[here]
         results[name] = _nested(classification_metrics(values, labels[here], language_ids[here], languages), languages)
     return results
+
+
+@torch.inference_mode()
+def evaluate_tokens(
+    rows: Dataset,
+    collator: LanguageModelCollator,
+    students: dict[str, Any],
+    task: str,
+    languages: Sequence[str],
+    pool: TokenTeachers | None = None,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """What :func:`evaluate` gives, over the tokens to predict."""
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    rows = rows.select(np.argsort(-lengths, kind="stable"))
+    tasks = {name: TokenTask(task, student.eval(), languages) for name, student in students.items()}
+    names = [*students, *(f"{TEACHER}{name}" for name in (pool.names if pool else []))]
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="Evaluating"):
+        for name, student in students.items():
+            on_device = {key: value.to(student.device) for key, value in batch.items()}
+            scores[name].append(tasks[name].scores(student, on_device).cpu().numpy())
+        if pool is not None:
+            for name, values in zip(pool.names, teacher_scores(pool, batch), strict=True):
+                scores[f"{TEACHER}{name}"].append(values.cpu().numpy())
+    ids = np.array(rows["language_ids"])
+    return {
+        name: _nested(token_metrics(np.concatenate(values), ids, languages), languages)
+        for name, values in scores.items()
+    }
 
 
 _STUDENT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "language_ids")

@@ -22,7 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -44,6 +47,13 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 # training.
 _ROWS = 8
 _COLUMNS = 8
+
+TASK_MODELS = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "masked-lm": AutoModelForMaskedLM,
+    "causal-lm": AutoModelForCausalLM,
+}
 
 # Settings of a tokenizer that say where it came from or how it cuts and pads, or that its list of
 # special tokens repeats.
@@ -299,8 +309,9 @@ def load_teacher(
     label_names: Sequence[str] | None = None,
     max_length: int | None = None,
     name: str | None = None,
+    task: str = "sequence-classification",
 ) -> Teacher:
-    """Loads a fine-tuned classifier (safetensors only) as a teacher.
+    """Loads a fine-tuned classifier or language model (safetensors only) as a teacher.
 
     Args:
         name_or_path: a Hub id or a folder, also of an AMTSS student.
@@ -320,15 +331,18 @@ def load_teacher(
         max_length: the most tokens per row when it tokenises for itself; default: the tokenizer's
             `model_max_length`, bounded by the model's positions.
         name: how messages and reports call it; default: the last part of `name_or_path`.
+        task: what it does: `"sequence-classification"`, `"token-classification"`, `"masked-lm"` or `"causal-lm"`.
 
     Raises:
-        TypeError, ValueError: a bad argument; a checkpoint without a trained classifier.
+        TypeError, ValueError: a bad argument; a checkpoint without a trained head.
         RuntimeError: no tokenizer given and none beside the model.
         ImportError: an engine that is missing.
         OSError: nothing found under that name, or no safetensors file.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if task not in TASK_MODELS:
+        raise ValueError(f"task must be one of {', '.join(TASK_MODELS)}; got {task!r}")
     if engine is not None and precision != "int8":
         raise ValueError(f"engine={engine!r} is for precision 'int8', not {precision!r}")
     place = torch.device("cpu" if device is None else device)
@@ -336,13 +350,11 @@ def load_teacher(
     if precision == "int8":
         engine = int8.choose_engine(engine, place)
         with torch.device("meta"):
-            skeleton = AutoModelForSequenceClassification.from_config(
-                AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-            )
+            skeleton = TASK_MODELS[task].from_config(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
         options = int8.loading_options(engine, place, skeleton)
     else:
         options = {"dtype": getattr(torch, precision)}
-    model, info = AutoModelForSequenceClassification.from_pretrained(
+    model, info = TASK_MODELS[task].from_pretrained(
         name_or_path,
         **options,
         output_loading_info=True,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
+    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -32,7 +33,9 @@ from amtss_fast.loss import WEIGHTINGS, AMTSSStats, Weighting, amtss_loss, check
 from amtss_fast.sampling import LANGUAGE_SAMPLINGS, LanguageSampler, LanguageSampling, check_sampling
 from amtss_fast.student import AMTSSForSequenceClassification
 from amtss_fast.teachers import TeacherPool
+from amtss_fast.tokens import TOKEN_TASKS, TokenTask, TokenTeachers, token_metrics, token_targets
 
+TASKS = ("sequence-classification", *TOKEN_TASKS)
 IGNORE_INDEX = -100
 """What the stock loop does not count; the trainer keeps to it."""
 UNLABELED_INDEX = -1
@@ -48,6 +51,11 @@ class AMTSSTrainingArguments(TrainingArguments):
         ValueError: an option outside its range, named in the message.
     """
 
+    task: str = field(default="sequence-classification", metadata={"help": "What the models do.", "choices": TASKS})
+    chunk_rows: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits a language model's loss holds at a time. Default: by their size."},
+    )
     temperature: float = field(default=2.0, metadata={"help": "Temperature of student and teachers, > 0."})
     weighting: Weighting = field(
         default="label_margin",
@@ -80,12 +88,20 @@ class AMTSSTrainingArguments(TrainingArguments):
     loss_backend: str | None = field(
         default=None, metadata={"help": "Backend of the loss; default: the best that runs the tensors."}
     )
+    # All parameters take part in every step, some of them (a fused head) outside of the model's own forward pass.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient in each step of several processes."}
+    )
     # The teachers may need the texts, which the student's forward does not name.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop the columns that the student's forward does not name."}
     )
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, got {self.chunk_rows}")
         check_options(
             temperature=self.temperature,
             weighting=self.weighting,
@@ -124,8 +140,17 @@ class AMTSSTrainer(Trainer):
     labelled rows of `eval_dataset` where there is one.
 
     Args:
-        teachers: what distils; None trains on the labels alone (then `kd_weight` must be 0).
+        model: a student of the task: :class:`AMTSSForSequenceClassification`, or for the tasks of tokens any masked or
+            causal language model or token classifier.
+        teachers: what distils (:class:`~amtss_fast.tokens.TokenTeachers` in tasks of tokens); None trains on the labels
+            alone (then `kd_weight` must be 0).
+        languages: what `language_ids` number, for the metrics of a token task; default: the teachers'.
         others: as of `transformers.Trainer`. `compute_metrics` gets `label_ids = (labels, language_ids)`.
+
+    In tasks of tokens (`args.task`) `labels` are [N, T] and rows are the tokens that count
+    (:func:`~amtss_fast.tokens.token_targets`). Language models go through the fused head
+    (:func:`amtss_fast.linear_amtss_loss`), which the optimiser's head is part of: no sharded parameters. Evaluation is
+    :func:`~amtss_fast.tokens.token_metrics`.
 
     Raises:
         ValueError: teachers and `kd_weight` that do not fit, languages or labels that differ from the student's.
@@ -135,10 +160,11 @@ class AMTSSTrainer(Trainer):
 
     def __init__(
         self,
-        model: AMTSSForSequenceClassification,
+        model: PreTrainedModel,
         args: AMTSSTrainingArguments,
         *,
-        teachers: TeacherPool | CachedTeachers | None = None,
+        teachers: TeacherPool | CachedTeachers | TokenTeachers | None = None,
+        languages: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if (teachers is None) != (args.kd_weight == 0):
@@ -146,13 +172,29 @@ class AMTSSTrainer(Trainer):
                 f"kd_weight = {args.kd_weight} with teachers = {teachers!r}: distillation needs teachers and "
                 "kd_weight > 0, training on the labels alone needs teachers=None and kd_weight=0"
             )
-        config = model.config
-        if teachers is not None and teachers.languages != config.languages:
-            raise ValueError(f"teachers are for languages {teachers.languages}, the student has {config.languages}")
-        if teachers is not None and teachers.label_names != config.label_names:
-            raise ValueError(f"teachers are for labels {teachers.label_names}, the student has {config.label_names}")
+        if languages is None:
+            languages = teachers.languages if isinstance(teachers, TokenTeachers) else model.config.languages
+        if teachers is not None and teachers.languages != list(languages):
+            raise ValueError(f"teachers are for languages {teachers.languages}, the student has {languages}")
+        if isinstance(teachers, (TeacherPool, CachedTeachers)) and teachers.label_names != model.config.label_names:
+            raise ValueError(
+                f"teachers are for labels {teachers.label_names}, the student has {model.config.label_names}"
+            )
+        taught = getattr(teachers, "task", "sequence-classification")
+        if teachers is not None and taught != args.task:
+            raise ValueError(f"teachers are for task {taught!r}, args.task is {args.task!r}")
+        if args.task in TOKEN_TASKS and (args.importance_temperature, args.gap_temperature) != (None, None):
+            raise ValueError(f"the adaptive strategy is for sequence-classification, args.task is {args.task!r}")
+        self._tokens: TokenTask | None = None
+        metrics = language_metrics
+        if args.task in TOKEN_TASKS:
+            self._tokens, metrics = TokenTask(args.task, model, languages), _token_metrics
+        elif not isinstance(model, AMTSSForSequenceClassification):
+            raise ValueError(
+                f"task 'sequence-classification' trains an AMTSSForSequenceClassification, got {type(model).__name__}"
+            )
         if kwargs.get("compute_metrics") is None:
-            kwargs["compute_metrics"] = lambda prediction: language_metrics(prediction, config.languages)
+            kwargs["compute_metrics"] = lambda prediction: metrics(prediction, languages)
         super().__init__(model, args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -161,12 +203,19 @@ class AMTSSTrainer(Trainer):
             )
         # Evaluation gathers both, so that metrics know the language of each row.
         self.label_names = ["labels", "language_ids"]
+        if self._tokens is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("task 'masked-lm' and its kin need whole parameters: no FSDP, no DeepSpeed")
+            # `token_targets` shifts.
+            self._loss_shifts_labels = False
         # The loss takes `num_items_in_batch`, so the stock loop has to count it and not to divide again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         for stock, short in ((ProgressCallback, _ShortProgress), (PrinterCallback, _ShortPrinter)):
             if self.pop_callback(stock) is not None:
                 self.add_callback(short)
+        if hasattr(self.data_collator, "epoch"):
+            self.add_callback(_SetsEpoch(self.data_collator))
         self.teachers = teachers
         self._meter = None if teachers is None else _Meter(teachers.names, teachers.languages)
         self.adaptive: AdaptiveStrategy | None = None
@@ -216,6 +265,8 @@ class AMTSSTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The distillation loss in training, the labels' cross entropy in evaluation."""
+        if self._tokens is not None:
+            return self._compute_token_loss(self._tokens, model, inputs, num_items_in_batch)
         for_teachers = ("text", "text_pair", ROW)
         if not model.training:
             outputs = model(**{name: value for name, value in inputs.items() if name not in for_teachers})
@@ -228,7 +279,7 @@ class AMTSSTrainer(Trainer):
             # The loss wants a teacher; with kd_weight 0 nobody looks at it.
             teacher_logits, mask, prior = student_logits.detach().unsqueeze(0), None, None
         else:
-            teacher_logits, mask = self.teachers.logits(inputs)
+            teacher_logits, mask = cast("TeacherPool | CachedTeachers", self.teachers).logits(inputs)
             prior = self.teachers.prior.to(student_logits.device)
             if self.adaptive is not None:
                 prior = prior.unsqueeze(1) * self.adaptive.teacher_prior(language_ids)
@@ -262,6 +313,47 @@ class AMTSSTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _compute_token_loss(
+        self, tokens: TokenTask, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> Tensor:
+        loss, stats, language_ids = tokens.loss(
+            model,
+            inputs,
+            cast("TokenTeachers | None", self.teachers),
+            temperature=self.args.temperature,
+            weighting=self.args.weighting,
+            weight_temperature=self.args.weight_temperature,
+            kd_weight=self.args.kd_weight,
+            ce_weight=self.args.ce_weight,
+            label_smoothing=self.args.label_smoothing_factor,
+            # A step may have no target at all.
+            num_items=None if num_items is None else torch.as_tensor(num_items).clamp(min=1),
+            backend=self.args.loss_backend,
+            chunk_rows=self.args.chunk_rows,
+        )
+        if self._meter is not None and stats is not None:
+            self._meter.update(stats, language_ids, torch.ones_like(language_ids, dtype=torch.bool))
+        if self.args.average_tokens_across_devices and num_items is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if self._tokens is not None:
+            batch_samples = [{"labels": token_targets(self.args.task, batch)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The stock step; for tokens, in place of logits, the sums that metrics need of each sequence."""
+        if self._tokens is None:
+            step: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return step
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            scores = self._tokens.scores(model, inputs, backend=self.args.loss_backend, chunk_rows=self.args.chunk_rows)
+        return None, scores, inputs["language_ids"]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log; training logs get the teachers' weights and margins since the last one."""
         if self._meter is not None and "loss" in logs:
@@ -285,9 +377,9 @@ class AMTSSTrainer(Trainer):
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for rows in sets.values():
             for batch in self.get_eval_dataloader(rows):
-                teacher_logits, mask = self.teachers.logits(batch)
+                teacher_logits, mask = cast("TeacherPool | CachedTeachers", self.teachers).logits(batch)
                 _, stats = amtss_loss(
-                    torch.zeros(len(batch["labels"]), len(self.teachers.label_names), device=mask.device),
+                    torch.zeros(len(batch["labels"]), len(self.teachers.label_names or ()), device=mask.device),
                     teacher_logits,
                     batch["labels"],
                     temperature=self.args.temperature,
@@ -347,6 +439,21 @@ class _KeepsStrategy(TrainerCallback, ExportableState):
         if sampler is not None:
             attributes["sampler"] = sampler.state_dict()
         return {"args": {}, "attributes": attributes}
+
+
+def _token_metrics(prediction: EvalPrediction, languages: Sequence[str]) -> dict[str, float]:
+    scores: Any = prediction.predictions
+    return token_metrics(scores, cast(Any, prediction.label_ids), languages)
+
+
+class _SetsEpoch(TrainerCallback):
+    """Tells the collator which epoch it is, for the choice of masked tokens."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._collator.epoch = int(state.epoch or 0)
 
 
 # Figures of single languages: a line each time would bury the rest.

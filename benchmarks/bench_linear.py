@@ -155,7 +155,7 @@ def check_agreement(losses: dict[str, Loss], inputs: Inputs) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
-def bench(case: LinearCase, names: list[str], seconds: float) -> list[Row]:
+def bench(case: LinearCase, names: list[str], seconds: float, least: int) -> list[Row]:
     inputs = case.inputs(default_device())
     losses = rivals(case, [name for name in names if name != "products"])
     check_agreement(losses, inputs)
@@ -165,7 +165,7 @@ def bench(case: LinearCase, names: list[str], seconds: float) -> list[Row]:
     }
     if "products" in names:
         runs["products"] = lambda: products(inputs)
-    timings = time_interleaved(runs, seconds, least=3)
+    timings = time_interleaved(runs, seconds, least=least)
     rows: list[Row] = []
     for name, timing in timings.items():
         inputs.hidden.grad = inputs.weight.grad = None
@@ -210,6 +210,7 @@ def main() -> None:
         help="comma-separated (default: %(default)s)",
     )
     parser.add_argument("--seconds", type=float, default=20, help="for each case (default: %(default)s)")
+    parser.add_argument("--least", type=int, default=3, help="runs of each rival, 2 or more (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="cases already in it are replaced, others kept")
     args = parser.parse_args()
     names = args.rivals.split(",")
@@ -222,7 +223,7 @@ def main() -> None:
     print(f"\n{'case':30} {'rival':>13}", *(f"{column:>9}" for column in columns))
     rows: list[Row] = []
     for case in args.case or NAMED:
-        for row in bench(case, names, args.seconds):
+        for row in bench(case, names, args.seconds, args.least):
             rows.append(row)
             figures = (f"{value:9.3f}" for key, value in row.items() if isinstance(value, float))
             print(f"{row['case']:30} {row['rival']:>13}", *figures, flush=True)

@@ -73,6 +73,37 @@ def test_run_folder(run: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
+def test_language_models(tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    llama = TINY.replace("bert", "llama")
+    models = [o.replace(TINY, llama) for o in SHORT if TINY in o] if task == "causal-lm" else []
+    folder = tmp_path / "run"
+    options = [o for o in SHORT if "importance_temperature" not in o and "gap_temperature" not in o]
+    arguments = [f"output_dir={folder}", *options, f"task={task}", *models, "training.ce_weight=0.1"]
+    assert main(["--trace", "train", "masked-lm", *arguments]) == 0
+    logs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = [log["loss"] for log in logs if "loss" in log]
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0]
+    results = read(folder / "metrics.json")["test"]
+    assert set(results) == {"student", "teacher:west", "teacher:east", "teacher:south"}
+    assert list(results["teacher:west"]["per_language"]) == ["en"]
+    # A uniform guess among 600 tokens is worth log 600 = 6.4 nats.
+    assert all(result["loss"] < 6.3 for result in results.values())
+    assert "per cent" in (folder / "report.html").read_text()
+    assert main(["evaluate", str(folder)]) == 2
+    assert f"is a run of task '{task}'" in capsys.readouterr().err
+    assert main(["predict", str(folder), "--language", "en"]) == 2
+    assert "predict is for classifiers" in capsys.readouterr().err
+
+
+def test_settings_that_a_task_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "masked-lm", "student.pooling=cls"]) == 2
+    assert "task 'masked-lm' has no use for pooling" in capsys.readouterr().err
+    assert main(["train", "masked-lm", "task=summary"]) == 2
+    assert "Input should be 'sequence-classification', 'masked-lm' or 'causal-lm'" in capsys.readouterr().err
+
+
 def test_a_run_is_not_overwritten_by_accident(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "demo", f"output_dir={run}", *SHORT]) == 2
     assert "holds a run" in capsys.readouterr().err
