@@ -3,9 +3,9 @@
     python benchmarks/gpu_static.py                    the table
     python benchmarks/gpu_static.py --targets sm_90 --json FILE
 
-Registers, spilled bytes and shared memory are read from the binary, the width of loads and the bytes of one logit are
-counted in its instructions, occupancy follows from registers, threads and shared memory. The times in the second table
-are bytes divided by the bandwidth in the chip's data sheet: predicted, measured on no GPU.
+Registers, spilled bytes and shared memory are read from the binary, the narrowest load of logits and the bytes of one
+logit are counted in its instructions, occupancy follows from registers, threads and shared memory. The times in the
+second table are bytes divided by the bandwidth in the chip's data sheet: predicted, measured on no GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amtss_fast._triton import launch
+from amtss_fast._triton import common, launch
 
 
 class Chip(NamedTuple):
@@ -57,7 +58,9 @@ TYPES = [
     (torch.float32, torch.uint8),
 ]
 CLASSES = [2, 3, 8, 15, 32, 64, 100, 256, 500, 1024, 2000, 4000, 5000, 250_002]
-CLASSES_OF_OTHER_TYPES = [3, 100, 1024, 5000, 250_002]
+CLASSES_OF_OTHER_TYPES = [3, 100, 256, 1024, 5000, 250_002]
+# Ways to call the loss, see `launches`.
+CALLS = ["loss", "all", "strided", "mixed"]
 
 _SHORT = {
     torch.float32: "fp32",
@@ -80,8 +83,9 @@ class Static(NamedTuple):
     shared_bytes: int
     fits_shared: bool
     load_bits: int
-    read_bytes_per_logit: float
-    written_bytes_per_logit: float
+    read_bytes_per_logit: float | None
+    """None: the kernel reads no logits, or several types of them."""
+    written_bytes_per_logit: float | None
     occupancy: float
 
 
@@ -93,19 +97,33 @@ def _on_device(n_rows: int, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
     return memory[begin : begin + size].view(dtype).view(n_rows, n_classes)
 
 
-def launches(
-    n_classes: int, student: torch.dtype, teacher: torch.dtype, full: bool = True, n_rows: int = 16
-) -> list[launch.Launch]:
-    """What the library would launch for two teachers; `full`: with cross entropy, labels and statistics."""
-    case = [_on_device(n_rows, n_classes, dtype) for dtype in (student, teacher, teacher)]
+def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: str = "all") -> list[launch.Launch]:
+    """What the library would launch.
+
+    `call`: "loss" and its gradient, without labels and options; "all" options and outputs at once; "strided": the same
+    with logits of any strides; "mixed": the same with 17 teachers of any type and strides, beside a student of type
+    `student`.
+    """
+    n_rows, n_teachers = 16, 17 if call == "mixed" else 2
+    kinds = [*_SHORT][:4] * 5 if call == "mixed" else [teacher] * n_teachers
+    logits = [_on_device(n_rows, n_classes, dtype) for dtype in (student, *kinds[:n_teachers])]
+    if call == "strided":
+        logits = [_on_device(n_classes, n_rows, t.dtype).t() for t in logits]
+    elif call == "mixed":
+        logits[-1] = _on_device(n_classes, n_rows, logits[-1].dtype).t()
     rows = torch.empty(n_rows)
-    scales = [rows, rows] if teacher == torch.uint8 else []
+    scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
+    options: tuple[Any, ...] = (None,) * 5
+    if call != "loss":
+        per_teacher = torch.empty(n_teachers, n_rows)
+        options = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
     planned: list[launch.Launch]
     planned, _, _ = launch.prepare(
-        case[0], case[1:], scales, scales, torch.zeros(n_rows, dtype=torch.int64) if full else None, None, None, None,
-        None, 2.0, "label_margin", 1.0, 1.0, 0.5 if full else 0.0, 0.1, -100, -1, "mean", True, full,
+        logits[0], logits[1:], scales, scales, *options, 2.0, "label_margin", 1.0, 1.0,
+        0.0 if call == "loss" else 0.5, 0.1, -100, -1, "mean", True, call != "loss",
     )  # fmt: skip
-    return planned
+    # The table of teachers is written before: a few numbers.
+    return [p for p in planned if p.kernel is not launch.write_entry]
 
 
 def compile_for(planned: launch.Launch, chip: Chip) -> Any:
@@ -125,21 +143,16 @@ def compile_for(planned: launch.Launch, chip: Chip) -> Any:
     return triton.compile(source, target=chip.target, options=options)
 
 
-def examine(planned: launch.Launch, target: str) -> Static:
+def examine(planned: launch.Launch, target: str, call: str) -> Static:
     """Compile a launch and count."""
     chip = CHIPS[target]
     compiled = compile_for(planned, chip)
     nvidia = chip.target.backend == "cuda"
     registers, spilled = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
-    moves = _nvidia_moves(compiled.asm["ptx"]) if nvidia else _amd_moves(compiled.asm["amdgcn"])
+    moves = _moves(compiled.asm["ptx" if nvidia else "amdgcn"])
     arguments = planned.arguments
     threads = max(planned.threads, chip.target.warp_size)
     columns = arguments.get("ROWS", 1) * arguments.get("CLASSES", 0)
-    item = {t: s.itemsize for s, t in launch.KINDS.items()}
-    loaded = [item[arguments["STUDENT"]], item[arguments["TEACHER"]]]
-    stored = [] if arguments.get("grad") is None else [arguments["grad"].element_size()]
-    load_bits, read = _width(moves["load"], threads, columns, loaded)
-    _, written = _width(moves["store"], threads, columns, stored)
     shared = compiled.metadata.shared
     warps = threads // chip.target.warp_size
     # Registers are given out in eights to each thread.
@@ -149,36 +162,25 @@ def examine(planned: launch.Launch, target: str) -> Static:
         chip.registers // (-(-registers // 8) * 8 * threads),
         chip.shared // shared if shared else chip.programs,
     )
+    types = f"{arguments['STUDENT']}/{arguments['TEACHER']} " if columns else ""
     rows = f"{arguments['ROWS']} x " if "ROWS" in arguments else ""
-    config = f"{arguments['STUDENT']}/{arguments['TEACHER']} {rows}{arguments.get('CLASSES', arguments.get('CHUNKS'))}"
+    cut = f"{types}{rows}{arguments.get('CLASSES', arguments.get('CHUNKS'))}"
+    # A kernel for mixed types holds the loads of all of them, and runs those of one.
+    counted = columns > 0 and arguments["TEACHER"] != "mixed"
     return Static(
         planned.kernel.fn.__name__,
-        f"{config}, {planned.threads} threads",
+        f"{cut}, {planned.threads} threads, {call}",
         target,
         registers,
         spilled,
         shared,
         shared <= chip.shared_per_program,
-        load_bits,
+        min(moves["load"], default=0),
         # One student's and one teacher's logit.
-        read / columns / 2 if columns else 0.0,
-        written / columns if columns else 0.0,
+        sum(moves["load"]) / 8 * threads / columns / 2 if counted else None,
+        sum(moves["store"]) / 8 * threads / columns if counted else None,
         programs * warps / chip.warps,
     )
-
-
-def _width(moved: dict[int, int], threads: int, columns: int, sizes: list[int]) -> tuple[int, int]:
-    """The narrowest of the widest accesses that move tiles of `sizes` bytes an element, and what these move."""
-    for size in sizes:
-        # The code for incomplete groups, element by element: it runs for a few elements of a row.
-        moved[8 * size] = moved.get(8 * size, 0) - columns // threads
-    total = 0
-    for bits in sorted(moved, reverse=True):
-        if total >= columns * sum(sizes):
-            break
-        total += moved[bits] * threads * bits // 8
-        narrowest = bits
-    return (narrowest, total) if total else (0, 0)
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
@@ -203,33 +205,58 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return number("vgpr_count"), number("private_segment_fixed_size")
 
 
-def _count(matches: Iterator[tuple[str, int]]) -> dict[str, dict[int, int]]:
-    moves: dict[str, dict[int, int]] = {"load": {}, "store": {}}
-    for kind, bits in matches:
-        moves[kind][bits] = moves[kind].get(bits, 0) + 1
+@cache
+def _moving_lines() -> dict[int, str]:
+    """The lines of common.py that load and store tiles of logits, less those for elements of incomplete groups."""
+    lines = Path(common.__file__).read_text().splitlines()
+    texts = {
+        "x = tl.load(pointers, whole, other=OUTSIDE)": "load",
+        "x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE)": "load",
+        "tl.store(pointers, x, whole)": "store",
+        "tl.store(pointer + strided, x, inside)": "store",
+    }
+    found = {number: texts[line.strip()] for number, line in enumerate(lines, 1) if line.strip() in texts}
+    assert sorted(found.values()) == sorted(texts.values()), "common.py moves tiles in other words"
+    return found
+
+
+_LOCATION = re.compile(r"\.loc\s.*?[;/]+ (\w+)\.py:(\d+):")
+_NVIDIA = re.compile(r"\b(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b")
+_AMD = re.compile(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)")
+_AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "short": 16, "ushort": 16, "sshort": 16}
+_AMD_BITS |= {"byte": 8, "ubyte": 8, "sbyte": 8}
+
+
+def _moves(assembly: str) -> dict[str, list[int]]:
+    """Bits of each instruction that moves logits: those that the compiler attributes to `_moving_lines`."""
+    moves: dict[str, list[int]] = {"load": [], "store": []}
+    place = ("", 0)
+    for line in assembly.splitlines():
+        if location := _LOCATION.search(line):
+            place = (location[1], int(location[2]))
+        kind = _moving_lines().get(place[1]) if place[0] == "common" else None
+        if kind is None:
+            continue
+        if found := _NVIDIA.search(line):
+            moves[kind].append(int(found[1] or 1) * int(found[2]))
+        elif found := _AMD.search(line):
+            moves[kind].append(_AMD_BITS[re.sub(r"_d16.*", "", found[1])])
     return moves
-
-
-def _nvidia_moves(ptx: str) -> dict[str, dict[int, int]]:
-    found = re.finditer(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)", ptx)
-    return _count(({"ld": "load", "st": "store"}[m[1]], int(m[2] or 1) * int(m[3])) for m in found)
-
-
-def _amd_moves(assembly: str) -> dict[str, dict[int, int]]:
-    sizes = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "short": 16, "ushort": 16, "byte": 8}
-    sizes |= {"ubyte": 8, "sbyte": 8, "sshort": 16}
-    found = re.finditer(r"\b(?:global|buffer|flat)_(load|store)_(\w+?)(?:_d16(?:_hi)?)?\s", assembly)
-    return _count((m[1], sizes[m[2].removesuffix("_d16").removesuffix("_d16_hi")]) for m in found)
 
 
 def survey(targets: list[str]) -> Iterator[Static]:
     """Every kernel in every default configuration."""
     for student, teacher in TYPES:
         for n_classes in CLASSES if (student, teacher) == TYPES[0] else CLASSES_OF_OTHER_TYPES:
-            for full in (True, False):
-                for planned in launches(n_classes, student, teacher, full):
+            # The types of "mixed" teachers are given.
+            for call in CALLS if student == teacher else CALLS[:-1]:
+                for planned in launches(n_classes, student, teacher, call):
                     for target in targets:
-                        yield examine(planned, target)
+                        yield examine(planned, target, call)
+
+
+def _bytes(x: float | None) -> str:
+    return f"{'-':>10}" if x is None else f"{x:10.2f}"
 
 
 def main() -> None:
@@ -241,14 +268,14 @@ def main() -> None:
     if unknown := set(targets) - set(CHIPS):
         parser.error(f"--targets must be among {list(CHIPS)}, got {sorted(unknown)}")
     columns = ("registers", "spilled", "shared", "fits", "load bits", "read/logit", "written", "occupancy")
-    print(f"{'kernel':17}{'configuration':42}{'target':7}", *(f"{c:>10}" for c in columns))
+    print(f"{'kernel':17}{'configuration':52}{'target':7}", *(f"{c:>10}" for c in columns))
     results = []
     for s in survey(targets):
         results.append(s)
         figures = (s.registers, s.spill_bytes, s.shared_bytes, "yes" if s.fits_shared else "NO", s.load_bits)
         print(
-            f"{s.kernel:17}{s.config:42}{s.target:7}", *(f"{x:>10}" for x in figures),
-            f"{s.read_bytes_per_logit:10.2f} {s.written_bytes_per_logit:10.2f} {s.occupancy:10.0%}", flush=True,
+            f"{s.kernel:17}{s.config:52}{s.target:7}", *(f"{x:>10}" for x in figures),
+            f"{_bytes(s.read_bytes_per_logit)} {_bytes(s.written_bytes_per_logit)} {s.occupancy:10.0%}", flush=True,
         )  # fmt: skip
 
     # Imported here: the cases know the CPU's kernel too, which compilation does not need.

@@ -122,17 +122,20 @@ def test_codes_are_read_as_they_are(c: int) -> None:
 
 
 @pytest.mark.parametrize("c", [3, 301])
-def test_more_teachers_than_arguments(c: int) -> None:
-    """Beyond the pointers that fit into the arguments, teachers lie in one stack or in a table: the same numbers."""
-    case = make_case(10, c, 11, masked=True)
-    stacked = Case(case.student, torch.stack(case.teachers), case.labels, case.options)
-    separate, stack = case.run("triton"), stacked.run("triton")
-    for a, b in zip(separate.parts().values(), stack.parts().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert_within_budget(separate, case)
-    arguments = launch.teacher_arguments(list(stacked.teachers))
-    assert arguments["teacher_table"] is None
-    assert arguments["teacher_stack"] == case.student.nbytes
+@pytest.mark.parametrize("k", [12, 19])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_many_teachers(monkeypatch: pytest.MonkeyPatch, stacked: bool, k: int, c: int) -> None:
+    """Sixteen teachers are arguments; where the others lie follows from a stride, or is in a table."""
+    case = make_case(10, c, k, masked=True, ce_weight=0.3)
+    memory = torch.stack(case.teachers)
+    case.teachers = [memory[j] for j in (range(k) if stacked else [0, *range(k - 1, 0, -1)])]
+    arguments, launches = launch.teacher_arguments(case.teachers)
+    assert len(launches) == (k if k > launch.SLOTS and not stacked else 0)
+    assert (arguments["t15"] is None) == (k <= launch.SLOTS // 2)
+
+    # The first argument stands for all of the memory that is reached through it.
+    monkeypatch.setattr(launch, "teacher_arguments", lambda teachers: (arguments | {"t0": memory}, launches))
+    assert_within_budget(case.run("triton"), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

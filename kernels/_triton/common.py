@@ -29,29 +29,37 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @triton.jit
+def pick(k, slots):
+    """The address of one of eight tensors."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = slots
+    odd = (k & 1) != 0
+    a = tl.where(odd, t1.to(tl.int64), t0.to(tl.int64))
+    b = tl.where(odd, t3.to(tl.int64), t2.to(tl.int64))
+    c = tl.where(odd, t5.to(tl.int64), t4.to(tl.int64))
+    d = tl.where(odd, t7.to(tl.int64), t6.to(tl.int64))
+    return tl.where((k & 4) != 0, tl.where((k & 2) != 0, d, c), tl.where((k & 2) != 0, b, a))
+
+
+@triton.jit
 def locate_teacher(k, teachers):
     """Address, row stride, class stride (elements) and kind of teacher k.
 
-    The first eight addresses are arguments. Further ones follow in a stack, or are in the table, as are strides and
-    kinds where the teachers' strides differ.
+    The addresses of the first sixteen teachers are arguments: eight, and eight more or None. A further teacher lies
+    `stack_stride` bytes beyond the one sixteen before it, or as far beyond it as the table says, which then holds the
+    strides and kinds of all.
     """
-    t0, t1, t2, t3, t4, t5, t6, t7, stack_stride, row_stride, class_stride, kinds, table = teachers
+    slots, more_slots, stack_stride, row_stride, class_stride, kinds, table = teachers
+    address = pick(k, slots)
+    if more_slots[0] is not None:
+        address = tl.where((k & 8) != 0, pick(k, more_slots), address)
+    kind = ((kinds >> (2 * k)) & 3).to(tl.int32)
     if table is not None:
-        address = tl.load(table + 4 * k)
+        address += tl.load(table + 4 * k)
         row_stride = tl.load(table + 4 * k + 1)
         class_stride = tl.load(table + 4 * k + 2)
         kind = tl.load(table + 4 * k + 3).to(tl.int32)
     else:
-        address = t0.to(tl.int64) + k * stack_stride
-        kind = (kinds >> (2 * k)) & 3
-    address = tl.where(k == 0, t0.to(tl.int64), address)
-    address = tl.where(k == 1, t1.to(tl.int64), address)
-    address = tl.where(k == 2, t2.to(tl.int64), address)
-    address = tl.where(k == 3, t3.to(tl.int64), address)
-    address = tl.where(k == 4, t4.to(tl.int64), address)
-    address = tl.where(k == 5, t5.to(tl.int64), address)
-    address = tl.where(k == 6, t6.to(tl.int64), address)
-    address = tl.where(k == 7, t7.to(tl.int64), address)
+        address += (k // 16) * stack_stride
     return address, row_stride, class_stride, kind
 
 
@@ -166,12 +174,10 @@ def columns_of(x, start):
 def load_as(pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GROUP: tl.constexpr):
     first, chunk, rows, columns, inside, size = tile
     row_stride, class_stride = strides
-    # An element by itself is no tile.
-    start = chunk * (inside.shape[0] if len(inside.shape) > 0 else 0)
+    start = chunk * inside.shape[0]
     if GROUP == 0:
-        x = tl.load(
-            pointer + across(rows) * row_stride + columns * class_stride, inside & across(wanted), other=OUTSIDE
-        )
+        strided = across(rows) * row_stride + columns * class_stride
+        x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE)
         x = x.to(tl.float32)
     else:
         pointer += first * row_stride
@@ -239,7 +245,8 @@ def store_tile(pointer, x, tile, n_classes, GROUP: tl.constexpr):
     first, chunk, rows, columns, inside, size = tile
     x = x.to(pointer.dtype.element_ty)
     if GROUP == 0:
-        tl.store(pointer + across(rows) * n_classes + columns, x, inside)
+        strided = across(rows) * n_classes + columns
+        tl.store(pointer + strided, x, inside)
     else:
         LENGTH: tl.constexpr = inside.shape[0] * (inside.shape[1] if len(inside.shape) == 2 else 1)
         start, pointers, whole, edge, has_edges = walk(

@@ -26,8 +26,9 @@ from amtss_fast.ops import Outputs, gradient_dtype
 
 # Types of logits, in the order of their numbers in a kernel.
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
-# Teachers whose pointers are arguments of a kernel. More of them lie in one stack, or in a table.
-SLOTS = 8
+# Teachers whose pointers are arguments of a kernel, the second half of them only where it is needed. Where more of them
+# lie follows from one stride, or is in a table.
+SLOTS = 16
 # Elements of a tile of several rows, the longest row that is a tile of its own, and the chunk of a longer one.
 TILE, LONGEST, CHUNK = 512, 8192, 2048
 # Elements of a tile per thread: twice as many would need twice the registers, and halve what a multiprocessor holds.
@@ -92,51 +93,11 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
 
 
 @kernel
-def write_entry(
-    table, k: tl.int32, address: tl.int64, row_stride: tl.int64, class_stride: tl.int64, kind: tl.int64
-):  # fmt: skip
-    tl.store(table + 4 * k, address)
+def write_entry(table, k: tl.int32, beyond: tl.int64, row_stride: tl.int64, class_stride: tl.int64, kind: tl.int64):
+    tl.store(table + 4 * k, beyond)
     tl.store(table + 4 * k + 1, row_stride)
     tl.store(table + 4 * k + 2, class_stride)
     tl.store(table + 4 * k + 3, kind)
-
-
-def teacher_arguments(teachers: Sequence[Tensor]) -> dict[str, Any]:
-    """The arguments from which a kernel finds each teacher."""
-    n_teachers, first = len(teachers), teachers[0]
-    numbers = [list(KINDS).index(t.dtype) for t in teachers]
-    uniform = len({t.stride() for t in teachers}) == 1
-    slots, stack, table = list(teachers[:SLOTS]), 0, None
-    if uniform and n_teachers > SLOTS and (step := _stack_stride(teachers)):
-        slots[0] = first.as_strided((n_teachers, *first.shape), (step, *first.stride()))
-        stack = step * first.element_size()
-    elif n_teachers > SLOTS or not uniform:
-        # Written by a kernel from its arguments: a copy from the host would wait, and could not be captured in a graph.
-        table = torch.empty(n_teachers, 4, dtype=torch.int64, device=first.device)
-        for k, (t, number) in enumerate(zip(teachers, numbers, strict=True)):
-            write_entry[(1,)](table, k, t.data_ptr(), *t.stride(), number, num_warps=1)
-    slots += slots[-1:] * (SLOTS - len(slots))
-    return {
-        **{f"t{k}": slot for k, slot in enumerate(slots)},
-        "teacher_table": table,
-        "teacher_stack": stack,
-        "teacher_row_stride": first.stride(0),
-        "teacher_class_stride": first.stride(1),
-        "teacher_kinds": sum(number << 2 * k for k, number in enumerate(numbers[:SLOTS])),
-        "TEACHER": list(KINDS.values())[numbers[0]] if len(set(numbers)) == 1 else "mixed",
-    }
-
-
-def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
-    """Elements from one teacher to the next, if they are the layers of one tensor."""
-    first, second = teachers[0], teachers[1]
-    step = second.storage_offset() - first.storage_offset()
-    for k, t in enumerate(teachers):
-        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or t.dtype != first.dtype:
-            return None
-        if t.storage_offset() != first.storage_offset() + k * step:
-            return None
-    return step if step > 0 else None
 
 
 class Launch(NamedTuple):
@@ -174,7 +135,52 @@ def device_kind() -> tuple[int, str]:
 @cache
 def _tunable(jitted: Any) -> Any:
     configs = [triton.Config({}, num_warps=warps) for warps in (1, 2, 4, 8, 16)]
-    return triton.autotune(configs, key=["n_classes", "n_teachers"])(jitted)
+    key = [name for name in ("n_classes", "n_teachers") if name in jitted.arg_names]
+    return triton.autotune(configs, key)(jitted)
+
+
+def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[Launch]]:
+    """The arguments from which a kernel finds each teacher, see :func:`~amtss_fast._triton.common.locate_teacher`.
+
+    And the launches that write the table, if there is one.
+    """
+    n_teachers, first = len(teachers), teachers[0]
+    numbers = [list(KINDS).index(t.dtype) for t in teachers]
+    uniform = len({t.stride() for t in teachers}) == 1
+    slots: list[Tensor | None] = list(teachers[:SLOTS])
+    stack, table, launches = 0, None, []
+    if uniform and n_teachers > SLOTS and (step := _stack_stride(teachers)):
+        stack = SLOTS * step * first.element_size()
+    elif n_teachers > SLOTS or not uniform:
+        # Written by a kernel from its arguments: a copy from the host would wait, and could not be captured in a graph.
+        table = torch.empty(n_teachers, 4, dtype=torch.int64, device=first.device)
+        for k, (t, number) in enumerate(zip(teachers, numbers, strict=True)):
+            entry = (table, k, t.data_ptr() - teachers[k % SLOTS].data_ptr(), *t.stride(), number)
+            launches.append(Launch(write_entry, 1, 32, 32, dict(zip(write_entry.arg_names, entry, strict=True))))
+    n_slots = SLOTS if n_teachers > SLOTS // 2 else SLOTS // 2
+    slots += slots[-1:] * (n_slots - len(slots)) + [None] * (SLOTS - n_slots)
+    arguments = {
+        **{f"t{k}": slot for k, slot in enumerate(slots)},
+        "teacher_table": table,
+        "teacher_stack": stack,
+        "teacher_row_stride": first.stride(0),
+        "teacher_class_stride": first.stride(1),
+        "teacher_kinds": sum(number << 2 * k for k, number in enumerate(numbers[:SLOTS])),
+        "TEACHER": list(KINDS.values())[numbers[0]] if len(set(numbers)) == 1 else "mixed",
+    }
+    return arguments, launches
+
+
+def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
+    """Elements from one teacher to the next, if they are the layers of one tensor."""
+    first, second = teachers[0], teachers[1]
+    step = second.storage_offset() - first.storage_offset()
+    for k, t in enumerate(teachers):
+        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or t.dtype != first.dtype:
+            return None
+        if t.storage_offset() != first.storage_offset() + k * step:
+            return None
+    return step if step > 0 else None
 
 
 def plan(layout: Layout, n_teachers: int, arguments: dict[str, Any]) -> list[Launch]:
@@ -248,8 +254,9 @@ def prepare(
         prior = _prior(teacher_prior, teacher_mask, n_teachers, n_rows)
         # float32 knows no smaller beta, and no larger one.
         choice = "hard" if weight_temperature < 2.0**-126 else "flat" if weight_temperature >= 2.0**128 else "soft"
+        teachers, launches = teacher_arguments(teacher_logits)
         arguments = {
-            **teacher_arguments(teacher_logits),
+            **teachers,
             "student": student_logits,
             "row_stride": student_logits.stride(0),
             "class_stride": student_logits.stride(1),
@@ -284,7 +291,7 @@ def prepare(
             "CE": ce_weight > 0 and labels is not None,
         }
         layout = choose_layout(n_classes, [student_logits, *teacher_logits, *([grad] if need_grad else [])])
-        launches = plan(layout, n_teachers, arguments)
+        launches += plan(layout, n_teachers, arguments)
     return launches, (row_loss, grad, weights, margins, kd, student_margin), divisor
 
 

@@ -24,11 +24,11 @@ from amtss_fast._triton.common import (
     store_tile,
 )
 
-# Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), largest rest, and for the cross entropy
-# sum exp2(b tau), sum b and its number of classes;
-STUDENT_FIELDS = tl.constexpr(6)
-# then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), largest rest.
-TEACHER_FIELDS = tl.constexpr(4)
+# Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), largest rest, label's logit (0 where it
+# is in another chunk), and for the cross entropy sum exp2(b tau), sum b and its number of classes;
+STUDENT_FIELDS = tl.constexpr(7)
+# then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), largest rest, label's logit.
+TEACHER_FIELDS = tl.constexpr(5)
 # Fields of a row, [N] each: for the student the maximum and the factors of exp2(b), exp2(b tau), and of the target;
 STUDENT_FACTORS = tl.constexpr(4)
 # then for each teacher its maximum and the factor of exp2(a).
@@ -37,9 +37,10 @@ TEACHER_FACTORS = tl.constexpr(2)
 
 @kernel
 def chunk_statistics(
-    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, prior, fields,
+    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
+    scales, labels, prior, fields,
     row_stride: tl.int64, class_stride: tl.int64,
-    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64, exponent: tl.float32, temperature: tl.float32,
@@ -47,7 +48,7 @@ def chunk_statistics(
     GROUP: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     teachers = (
-        t0, t1, t2, t3, t4, t5, t6, t7,
+        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
         teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
     )  # fmt: skip
     row = tl.program_id(0).to(tl.int64) // n_chunks
@@ -55,24 +56,26 @@ def chunk_statistics(
     tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
     _, _, _, _, inside, _ = tile
     counts, target, _, weight = read_row_inputs(labels, None, row, n_rows, n_classes, ignore_index, unlabeled_index)
+    compared = target
     if WEIGHTING == "top2_margin":
-        target = target * 0 - 1
+        compared = target * 0 - 1
     plane = n_rows * n_chunks
     out = fields + row * n_chunks + chunk
 
     source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
     s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
     top = tl.max(s, 0)
-    _, rest = stand_out(s, top, start, target)
+    _, rest = stand_out(s, top, start, compared)
     # A chunk may hold nothing but -inf while the row does not.
     b = (s - tl.where(top == float("-inf"), 0.0, top)) * exponent
     tl.store(out, top)
     tl.store(out + plane, tl.sum(tl.exp2(b), 0))
     tl.store(out + 2 * plane, rest)
+    tl.store(out + 3 * plane, tl.sum(tl.where(columns_of(s, start) == target, s, 0.0), 0))
     if CE:
-        tl.store(out + 3 * plane, tl.sum(tl.exp2(b * temperature), 0))
-        tl.store(out + 4 * plane, tl.sum(tl.where(inside, b, 0.0), 0))
-        tl.store(out + 5 * plane, tl.sum(inside.to(tl.float32), 0))
+        tl.store(out + 4 * plane, tl.sum(tl.exp2(b * temperature), 0))
+        tl.store(out + 5 * plane, tl.sum(tl.where(inside, b, 0.0), 0))
+        tl.store(out + 6 * plane, tl.sum(inside.to(tl.float32), 0))
     out += STUDENT_FIELDS * plane
 
     for k in range(n_teachers):
@@ -82,52 +85,44 @@ def chunk_statistics(
         source = (address, t_row_stride, t_class_stride, kind, row_max, step)
         t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
         top = tl.max(t, 0)
-        _, rest = stand_out(t, top, start, target)
+        own, rest = stand_out(t, top, start, compared)
         a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent
         e = tl.exp2(a)
         tl.store(out, top)
         tl.store(out + plane, tl.sum(e, 0))
         tl.store(out + 2 * plane, tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0))
         tl.store(out + 3 * plane, rest)
+        tl.store(out + 4 * plane, own)
         out += TEACHER_FIELDS * plane
 
 
 @triton.jit
-def join_margins(rests, held, tops, top, at_label, target):
+def join_margins(rests, labels, held, tops, top, target):
     """What :func:`stand_out` finds in a whole row, from its chunks."""
     labelled = target >= 0
+    own = tl.sum(tl.load(labels, held & labelled, other=0), 0)
     rest = tl.max(tl.load(rests, held, other=float("-inf")), 0)
     largest = tops == top
     second = tl.maximum(rest, tl.max(tl.where(largest, float("-inf"), tops), 0))
     second = tl.where(tl.sum(largest.to(tl.int32), 0) > 1, top, second)
-    return tl.where(labelled, at_label, top), tl.where(labelled, rest, second)
+    return tl.where(labelled, own, top), tl.where(labelled, rest, second)
 
 
 @kernel
 def join_chunks(
-    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, prior, sample_weight, divisor,
-    fields, factors, row_loss, weights, margins, kd, student_margin,
-    row_stride: tl.int64, class_stride: tl.int64,
-    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    labels, prior, sample_weight, divisor, fields, factors, row_loss, weights, margins, kd, student_margin,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64,
     exponent: tl.float32, temperature: tl.float32, weight_temperature: tl.float32,
     kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
-    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
-    CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
+    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
-    teachers = (
-        t0, t1, t2, t3, t4, t5, t6, t7,
-        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
-    )  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts, target, invalid, weight = read_row_inputs(
         labels, sample_weight, row, n_rows, n_classes, ignore_index, unlabeled_index
     )
     labelled = target >= 0
-    # Of the row itself only the label's logit is read: a tile of one element.
-    at_label = (row, 0, row, tl.maximum(target, 0), row < n_rows, 1)
     compared = target
     if WEIGHTING == "top2_margin":
         compared = target * 0 - 1
@@ -136,15 +131,13 @@ def join_chunks(
     held = counts & (chunks < n_chunks)  # [CHUNKS]
     into_s = fields + row * n_chunks + chunks
 
-    source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
-    s_label, _ = load_tile(source, counts & labelled, at_label, n_classes, STUDENT, 0)
     tops = tl.load(into_s, held, other=float("-inf"))
     top_s = tl.max(tops, 0)
     g = (tops - top_s) * exponent
     total_s = tl.sum(tl.load(into_s + plane, held, other=0) * tl.exp2(g), 0)
     log_total_s = tl.log2(total_s)
     if student_margin is not None:
-        own, rest = join_margins(into_s + 2 * plane, held, tops, top_s, s_label, compared)
+        own, rest = join_margins(into_s + 2 * plane, into_s + 3 * plane, held, tops, top_s, compared)
         margin = margin_of(own, rest, top_s, total_s, exponent, WEIGHTING)
         tl.store(student_margin + row, tl.where(counts, margin, 0.0))
 
@@ -157,10 +150,6 @@ def join_chunks(
     into = into_s + STUDENT_FIELDS * plane
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
-        row_max, step = read_scales(scales, k, row, counts, n_rows, n_teachers)
-        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
-        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
-        t_label, _ = load_tile(source, (alpha > 0) & labelled, at_label, n_classes, TEACHER, 0)
         tops = tl.load(into, held, other=float("-inf"))
         top = tl.max(tops, 0)
         f = (tops - top) * exponent
@@ -170,7 +159,7 @@ def join_chunks(
         kl = e * tl.load(into + 2 * plane, held, other=0) + part * (f - g)
         kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
         kl = LN2 * (kl + (log_total_s - tl.log2(total)))
-        own, rest = join_margins(into + 3 * plane, held, tops, top, t_label, compared)
+        own, rest = join_margins(into + 3 * plane, into + 4 * plane, held, tops, top, compared)
         margin = margin_of(own, rest, top, total, exponent, WEIGHTING)
         into += TEACHER_FIELDS * plane
 
@@ -197,9 +186,10 @@ def join_chunks(
         factor = factor / tl.load(divisor)
     factor = tl.where(alive, factor, 0.0)
     if CE:
-        total = tl.sum(tl.load(into_s + 3 * plane, held, other=0) * tl.exp2(g * temperature), 0)
-        sizes = tl.load(into_s + 5 * plane, held, other=0)
-        sums = tl.load(into_s + 4 * plane, held, other=0) + sizes * g
+        s_label = tl.sum(tl.load(into_s + 3 * plane, held & labelled, other=0), 0)
+        total = tl.sum(tl.load(into_s + 4 * plane, held, other=0) * tl.exp2(g * temperature), 0)
+        sizes = tl.load(into_s + 6 * plane, held, other=0)
+        sums = tl.load(into_s + 5 * plane, held, other=0) + sizes * g
         mean = tl.sum(tl.where(sizes > 0, sums, 0.0), 0) / n_classes
         ce = (1 - label_smoothing) * (tl.log2(total) - temperature * (s_label - top_s) * exponent)
         ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
@@ -222,16 +212,17 @@ def join_chunks(
 
 @kernel
 def chunk_gradient(
-    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, factors, grad,
+    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
+    scales, labels, factors, grad,
     row_stride: tl.int64, class_stride: tl.int64,
-    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     exponent: tl.float32, temperature: tl.float32, label_smoothing: tl.float32,
     CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     GROUP: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     teachers = (
-        t0, t1, t2, t3, t4, t5, t6, t7,
+        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
         teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
     )  # fmt: skip
     row = tl.program_id(0).to(tl.int64) // n_chunks

@@ -27,10 +27,11 @@ from amtss_fast._triton.common import (
 
 @kernel
 def fused_tile(
-    student, t0, t1, t2, t3, t4, t5, t6, t7, teacher_table, scales, labels, prior, sample_weight, divisor,
+    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
+    scales, labels, prior, sample_weight, divisor,
     row_loss, grad, weights, margins, kd, student_margin,
     row_stride: tl.int64, class_stride: tl.int64,
-    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int32,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, ignore_index: tl.int64, unlabeled_index: tl.int64,
     exponent: tl.float32, temperature: tl.float32, weight_temperature: tl.float32,
@@ -39,7 +40,7 @@ def fused_tile(
     GROUP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
     teachers = (
-        t0, t1, t2, t3, t4, t5, t6, t7,
+        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
         teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
     )  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
