@@ -4,12 +4,13 @@
     python benchmarks/bench_loss.py --grid                 K in 1 to 16, C in 2 to 250,002
     python benchmarks/bench_loss.py --case 1024,4,5000     N, K, C and, if you like, a dtype
     python benchmarks/bench_loss.py --json FILE --csv FILE --picture FILE
+    python benchmarks/bench_loss.py --results FOLDER       all three, named after the device
 
 Every case first checks that the rivals agree. Times are medians of interleaved runs with their quartiles. GB/s counts
 each logit read once and each gradient written once. The floor is the larger of these bytes at the speed of a copy and
 one exponential per logit at the speed of the kernel's own exponential in cache. Memory is the peak beyond the inputs
-and the gradient. On a GPU times lie between events of the device, the floor is the bytes alone, and Liger-Kernel's KL
-joins in at K = 1 if it is installed.
+and the gradient. On a GPU times lie between events of the device and the floor is the bytes alone. Liger-Kernel's KL
+joins in there at K = 1 if it is installed.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ Row = dict[str, str | int | float]
 def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[Row]:
     """One row of figures for each rival."""
     student, teachers, labels = case.inputs(default_device())
-    if student.is_cuda and case.k == 1 and importlib.util.find_spec("liger_kernel") is not None:
-        names = [*names, "liger"]
+    if case.k > 1 or not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None:
+        names = [name for name in names if name != "liger"]
     losses = rivals(names)
     check_agreement(losses, student, teachers, labels)
     runs = {name: lambda f=loss_fn: step(f, student, teachers, labels) for name, loss_fn in losses.items()}
@@ -69,7 +70,7 @@ def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[
     return rows
 
 
-def draw(rows: list[Row], about: dict[str, str | int], path: Path) -> None:
+def draw(rows: list[Row], about: dict[str, str | int | float], path: Path) -> None:
     """Times over the floor of each case, a bar for each rival."""
     from matplotlib.figure import Figure
 
@@ -99,23 +100,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=parse_case, action="append", metavar="N,K,C[,DTYPE]")
     parser.add_argument("--grid", action="store_true", help="K and C over their range")
-    parser.add_argument("--rivals", default="native,torch,compile", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--rivals", default="native,torch,compile,liger", help="comma-separated (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="for each case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--picture", type=Path, metavar="FILE")
+    parser.add_argument("--results", type=Path, metavar="FOLDER")
     args = parser.parse_args()
+    if args.results:
+        path = args.results / f"loss_{default_device()}"
+        args.json, args.csv, args.picture = (path.with_suffix(end) for end in (".json", ".csv", ".png"))
     names = args.rivals.split(",")
     if "native" not in names:
         parser.error("--rivals must name native: the others are compared with it")
 
     torch.set_num_threads(args.threads)
     limits = measure_limits()
-    about = machine()
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
-    print(f"copy: {limits.bytes_per_second / 1e9:.1f} GB/s")
-    print(f"exp: {limits.exponentials_per_second / 1e9:.1f} billion/s\n")
+    about = machine() | {"copy_gb_per_s": round(limits.bytes_per_second / 1e9, 1)}
+    if limits.exponentials_per_second is not None:
+        about["exp_g_per_s"] = round(limits.exponentials_per_second / 1e9, 1)
+    print(*(f"{key}: {value}" for key, value in about.items()), "", sep="\n")
     columns = ("rival", "median ms", "25 %", "75 %", "GB/s", "/floor", "/native", "MB")
     print(f"{'case':32}", *(f"{column:>9}" for column in columns))
     rows: list[Row] = []
@@ -126,13 +131,7 @@ def main() -> None:
             print(f"{row['case']:32} {row['rival']:>9}", *figures, flush=True)
 
     if args.json:
-        document = {
-            "machine": about,
-            "copy_bytes_per_s": limits.bytes_per_second,
-            "exp_per_s": limits.exponentials_per_second,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     if args.picture:
         draw(rows, about, args.picture)
     if args.csv:

@@ -222,11 +222,13 @@ class Limits:
     """What this machine can do, measured."""
 
     bytes_per_second: float
-    exponentials_per_second: float
+    exponentials_per_second: float | None
+    """None on a GPU, where memory alone sets the floor."""
 
     def floor(self, case: Case) -> float:
         """Seconds below which no implementation of `case` can get: memory or exponentials alone."""
-        return max(case.bytes / self.bytes_per_second, case.exponentials / self.exponentials_per_second)
+        exponentials = case.exponentials / self.exponentials_per_second if self.exponentials_per_second else 0.0
+        return max(case.bytes / self.bytes_per_second, exponentials)
 
 
 def measure_limits() -> Limits:
@@ -239,7 +241,7 @@ def measure_limits() -> Limits:
     target = torch.zeros_like(source)
     copies = [2 * source.nbytes / seconds_of(lambda: target.copy_(source), 1) for _ in range(9)]
     if source.is_cuda:
-        return Limits(statistics.median(copies), float("inf"))
+        return Limits(statistics.median(copies), None)
     x = [torch.rand(2048).neg_() for _ in range(threads)]
     y = [torch.empty(2048) for _ in range(threads)]
     repeats = 20_000
@@ -261,9 +263,9 @@ def _cpu_name() -> str:
     return found[1] if found else platform.processor()
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int | float]:
     """What a figure is worth nothing without."""
-    gpu = {}
+    gpu: dict[str, str | int | float] = {}
     if torch.cuda.is_available():
         import triton
 

@@ -42,7 +42,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", available_backends())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        # `pytest -m gpu` is what only a GPU can show.
+        for item in items:
+            backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+            if backend == "triton" or item.path.name == "test_triton.py":
+                item.add_marker("gpu")
     if torch.cuda.is_available() or os.environ.get("AMTSS_TEST_ALL") == "1":
         return
     seen: collections.Counter[str] = collections.Counter()

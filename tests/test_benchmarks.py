@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import tiny_bert_config, tiny_tokenizer
 from transformers import BertModel
 
@@ -22,6 +25,56 @@ def test_bench_loss(tmp_path: Path) -> None:
     assert [row["rival"] for row in figures["rows"]] == ["native", "torch"]
     assert all(row["median_ms"] > 0 for row in figures["rows"])
     assert {"date", "cpu", "torch"} <= set(figures["machine"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_bench_loss_on_a_gpu_that_is_none(tmp_path: Path) -> None:
+    """What the benchmark does where there is a GPU, with the clock in place of its events and Triton interpreted."""
+    script = f"""
+import sys, time, types
+import torch
+import bench_loss, cases
+import liger_kernel.transformers as liger
+
+class Eps(float):
+    # Triton's interpreter leaves floats as they are, and Liger's kernel converts this one.
+    def to(self, dtype): return self
+
+class Event:
+    def __init__(self, enable_timing): assert enable_timing
+    def record(self): self.time = time.perf_counter()
+    def synchronize(self): pass
+    def elapsed_time(self, end): return 1e3 * (end.time - self.time)
+
+for name, value in {{"is_available": True, "get_device_name": "none", "reset_peak_memory_stats": None,
+                    "get_device_properties": types.SimpleNamespace(warp_size=32),
+                    "memory_allocated": 100, "max_memory_allocated": 2000}}.items():
+    setattr(torch.cuda, name, lambda value=value: value)
+torch.cuda.Event = Event
+liger_loss = liger.LigerKLDIVLoss
+liger.LigerKLDIVLoss = lambda **options: liger_loss(Eps(1e-10), **options)
+bench_loss.default_device = lambda: "cpu"
+bench_loss.measure_limits = lambda: cases.Limits(1e9, None)
+cases.native = lambda s, t, y: cases.amtss_loss(s, t, y, temperature=cases.TEMPERATURE, backend="triton")
+sys.argv = ["bench_loss.py", "--case", "8,1,5", "--case", "8,2,5", "--rivals", "native,torch,liger", "--seconds", "0.1"]
+sys.argv += ["--results", {str(tmp_path)!r}]
+bench_loss.main()
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "loss_cpu.json").read_text())
+    assert [row["rival"] for row in figures["rows"]] == ["native", "torch", "liger", "native", "torch"]
+    assert figures["machine"]["gpu"] == "none"
+    assert figures["machine"]["copy_gb_per_s"] == 1.0
+    assert all(row["floor_ratio"] == pytest.approx(row["median_ms"] * 1e6 / (8 * 5 * 4 * k))
+               for row, k in zip(figures["rows"], (3, 3, 3, 4, 4), strict=True))  # fmt: skip
+    # Less the gradient, which every rival has to give.
+    assert all(row["memory_mb"] == pytest.approx((1900 - 8 * 5 * 4) / 1e6) for row in figures["rows"])
+    assert "gpu,runtime,triton" in (tmp_path / "loss_cpu.csv").read_text()
+    assert (tmp_path / "loss_cpu.png").stat().st_size > 1000
 
 
 def test_bench_linear(tmp_path: Path) -> None:

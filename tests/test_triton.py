@@ -33,18 +33,32 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 3, 2), (67, 5, 3), (9, 65, 2), (5, 301, 3), (3, 8201, 2)]
 
 
-def fenced(t: torch.Tensor, fence: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`t` in the middle of a buffer that holds `fence` on both sides; and the buffer."""
-    margin = 4096 // t.element_size()
-    buffer = torch.full((t.numel() + 2 * margin,), fence, dtype=t.dtype, device=t.device)
-    buffer[margin : margin + t.numel()] = t.flatten()
-    return buffer[margin : margin + t.numel()].view(t.shape), buffer
+# Exact in every type of logits; a label that no kernel may meet; an offset far from any memory.
+FENCE, NO_LABEL = 12288.0, 2**60
+
+
+class Fence:
+    """Copies `inner` into the middle of a buffer that holds `value` on both sides."""
+
+    def __init__(self, inner: torch.Tensor, value: float):
+        self.margin = 4096 // inner.element_size()
+        self.buffer = torch.full((inner.numel() + 2 * self.margin,), value, dtype=inner.dtype, device=inner.device)
+        self.inner = self.buffer[self.margin : self.margin + inner.numel()].view(inner.shape).copy_(inner)
+        self.before = self.buffer.clone()
+
+    def assert_stands(self, whole: bool) -> None:
+        """Nothing was written outside; or with `whole` inside either."""
+        margin = len(self.buffer) if whole else self.margin
+        for side in (slice(margin), slice(-margin, None)):
+            got, want = self.buffer[side], self.before[side]
+            assert torch.equal(got.isnan(), want.isnan()), "written out of bounds"
+            assert torch.equal(got.nan_to_num(), want.nan_to_num()), "written out of bounds"
 
 
 @pytest.fixture
-def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
-    """Every tensor that the launcher allocates is NaN throughout, and lies between fences that must stay."""
-    buffers: list[torch.Tensor] = []
+def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fence]]:
+    """Every tensor that the launcher allocates is NaN throughout (or nonsense), between fences that must stay."""
+    fences: list[Fence] = []
     empty = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -52,32 +66,36 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
         # Triton's interpreter makes empty tensors of its own.
         if plain.numel() == 0:
             return plain
-        inner, buffer = fenced(plain.fill_(float("nan")), 12345.0)
-        buffers.append(buffer)
-        return inner
+        floating = plain.is_floating_point()
+        fences.append(Fence(plain.fill_(float("nan") if floating else NO_LABEL), FENCE if floating else NO_LABEL))
+        return fences[-1].inner
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield buffers
-    for buffer in buffers:
-        margin = 4096 // buffer.element_size()
-        assert (buffer[:margin] == 12345.0).all(), "written before an output"
-        assert (buffer[-margin:] == 12345.0).all(), "written beyond an output"
+    yield fences
+    monkeypatch.undo()
+    for fence in fences:
+        fence.assert_stands(whole=False)
 
 
-@pytest.mark.parametrize(("n", "c", "k"), SHAPES)
+@pytest.mark.parametrize(("n", "c", "k"), [*SHAPES, (9, 65, 18)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stays_within_its_buffers(fences: list[torch.Tensor], n: int, c: int, k: int, dtype: torch.dtype) -> None:
+def test_stays_within_its_buffers(outputs: list[Fence], n: int, c: int, k: int, dtype: torch.dtype) -> None:
     case = make_case(n, c, k, dtype=dtype, masked=True, weighted=True, ce_weight=0.5, label_smoothing=0.1)
-    # NaN around the inputs: what is read there does not stay hidden.
-    nan = float("nan")
-    student, teachers = fenced(case.student, nan)[0], [fenced(t, nan)[0] for t in case.teachers]
-    options = {name: fenced(o, nan)[0] if torch.is_tensor(o) and o.is_floating_point() else o
-               for name, o in case.options.items()}  # fmt: skip
-    result = Case(student, teachers, case.labels, options).run("triton")
-    assert len(fences) >= 6
+    inputs = []
+
+    def fence(t: torch.Tensor) -> torch.Tensor:
+        # What is read around an input does not stay hidden.
+        inputs.append(Fence(t, float("nan") if t.is_floating_point() else t.dtype == torch.bool or NO_LABEL))
+        return inputs[-1].inner
+
+    options = {name: fence(o) if torch.is_tensor(o) else o for name, o in case.options.items()}
+    result = Case(fence(case.student), [fence(t) for t in case.teachers], fence(case.labels), options).run("triton")
     for name, got in result.parts().items():
         assert got.isfinite().all(), f"{name} was not written, or was computed from what lies around the inputs"
     assert_within_budget(result, case)
+    assert len(outputs) >= 6
+    for one in inputs:
+        one.assert_stands(whole=True)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), SHAPES)
@@ -256,7 +274,7 @@ gpu_static.main()
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
-@pytest.mark.parametrize(("n", "c", "k"), SHAPES)
+@pytest.mark.parametrize(("n", "c", "k"), [*SHAPES, (9, 65, 18)])
 def test_in_a_cuda_graph_without_synchronisation(n: int, c: int, k: int) -> None:
     case = make_case(n, c, k, masked=True, ce_weight=0.5)
     student = case.student.requires_grad_()

@@ -153,7 +153,7 @@ def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[
         stack = SLOTS * step * first.element_size()
     elif n_teachers > SLOTS or not uniform:
         # Written by a kernel from its arguments: a copy from the host would wait, and could not be captured in a graph.
-        table = torch.empty(n_teachers, 4, dtype=torch.int64, device=first.device)
+        table = first.new_empty((n_teachers, 4), dtype=torch.int64)
         for k, (t, number) in enumerate(zip(teachers, numbers, strict=True)):
             entry = (table, k, t.data_ptr() - teachers[k % SLOTS].data_ptr(), *t.stride(), number)
             launches.append(Launch(write_entry, 1, 32, 32, dict(zip(write_entry.arg_names, entry, strict=True))))
