@@ -1,7 +1,7 @@
 """What compilers say about the Triton kernels, without a GPU: every kernel and default configuration, for five chips.
 
     python benchmarks/gpu_static.py                    the table
-    python benchmarks/gpu_static.py --targets sm_90 --json FILE
+    python benchmarks/gpu_static.py --targets sm_90 --json FILE --times FILE
 
 Registers, spilled bytes and shared memory are read from the binary, the narrowest load of logits and the bytes of one
 logit are counted in its instructions, occupancy follows from registers, threads and shared memory. The times in the
@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amtss_fast._triton import common, launch
+from amtss_fast._triton import common, config, launch
 
 
 class Chip(NamedTuple):
@@ -77,6 +78,8 @@ class Static(NamedTuple):
 
     kernel: str
     config: str
+    call: str
+    """See `launches`."""
     target: str
     registers: int
     spill_bytes: int
@@ -169,7 +172,8 @@ def examine(planned: launch.Launch, target: str, call: str) -> Static:
     counted = columns > 0 and arguments["TEACHER"] != "mixed"
     return Static(
         planned.kernel.fn.__name__,
-        f"{cut}, {planned.threads} threads, {call}",
+        f"{cut}, {planned.threads} threads",
+        call,
         target,
         registers,
         spilled,
@@ -262,36 +266,54 @@ def _bytes(x: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(CHIPS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table")
+    parser.add_argument("--times", type=Path, metavar="FILE", help="the predicted times")
     args = parser.parse_args()
     targets = args.targets.split(",")
     if unknown := set(targets) - set(CHIPS):
         parser.error(f"--targets must be among {list(CHIPS)}, got {sorted(unknown)}")
     columns = ("registers", "spilled", "shared", "fits", "load bits", "read/logit", "written", "occupancy")
-    print(f"{'kernel':17}{'configuration':52}{'target':7}", *(f"{c:>10}" for c in columns))
+    print(f"{'kernel':17}{'configuration':42}{'call':8}{'target':7}", *(f"{c:>10}" for c in columns))
     results = []
     for s in survey(targets):
         results.append(s)
         figures = (s.registers, s.spill_bytes, s.shared_bytes, "yes" if s.fits_shared else "NO", s.load_bits)
         print(
-            f"{s.kernel:17}{s.config:52}{s.target:7}", *(f"{x:>10}" for x in figures),
+            f"{s.kernel:17}{s.config:42}{s.call:8}{s.target:7}", *(f"{x:>10}" for x in figures),
             f"{_bytes(s.read_bytes_per_logit)} {_bytes(s.written_bytes_per_logit)} {s.occupancy:10.0%}", flush=True,
         )  # fmt: skip
 
+    print("\npredicted milliseconds, forward and backward: bytes / bandwidth of the data sheet")
+    print(f"{'case':36}", *(f"{CHIPS[t].name:>10}" for t in targets))
+    times = list(predict(targets))
+    for case, row in groupby(times, key=lambda time: time["case"]):
+        print(f"{case:36}", *(f"{time['milliseconds']:10.4f}" for time in row))
+    versions = {"triton": triton.__version__, "source": "predicted"}
+    if args.json:
+        write_json([s._asdict() | versions for s in results], args.json)
+    if args.times:
+        write_json([time | versions for time in times], args.times)
+
+
+def predict(targets: list[str]) -> Iterator[dict[str, Any]]:
+    """For each case of the benchmark, what its bytes would take on each chip."""
     # Imported here: the cases know the CPU's kernel too, which compilation does not need.
     from cases import NAMED
 
-    print("\npredicted milliseconds, forward and backward: bytes / bandwidth of the data sheet")
-    print(f"{'case':36}", *(f"{CHIPS[t].name:>10}" for t in targets))
     for case in NAMED:
         logits = case.n * case.c * (case.k + 1) * case.dtype.itemsize
         # Chunks are read a second time for the gradient.
-        bytes_moved = case.bytes + (logits if case.c > launch.LONGEST else 0)
-        print(f"{case!s:36}", *(f"{bytes_moved / CHIPS[t].bytes_per_second * 1e3:10.4f}" for t in targets))
-    if args.json:
-        temporary = args.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps([{**s._asdict(), "source": "predicted"} for s in results], indent=1) + "\n")
-        os.replace(temporary, args.json)
+        total = case.bytes + (logits if case.c > config.LONGEST else 0)
+        for target in targets:
+            chip = CHIPS[target]
+            milliseconds = total / chip.bytes_per_second * 1e3
+            yield {"case": str(case), "chip": chip.name, "bytes": total, "milliseconds": milliseconds}
+
+
+def write_json(rows: list[dict[str, Any]], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -231,45 +231,71 @@ print(len(keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)])))
     assert chunks <= 4
 
 
+def assert_lean(s: dict[str, Any]) -> None:
+    """No spills, everything fits; of contiguous rows 16-byte loads, and each logit once per kernel."""
+    where = f"{s['kernel']} {s['config']}, {s['call']}, on {s['target']}"
+    assert s["source"] == "predicted", where
+    assert s["spill_bytes"] == 0, where
+    assert s["fits_shared"], where
+    assert s["registers"] > 0, where
+    if s["kernel"] == "join_chunks" or s["call"] in ("strided", "mixed"):
+        return
+    student, teacher = (getattr(torch, name).itemsize for name in s["config"].split()[0].split("/"))
+    assert s["read_bytes_per_logit"] == (student + teacher) / 2, where
+    assert s["written_bytes_per_logit"] == (0 if s["kernel"] == "chunk_statistics" else student), where
+    if s["kernel"] != "fused_tile" or " 1 x " in s["config"]:
+        # 256 codes are 8 bytes for each thread of a warp.
+        assert s["load_bits"] == (64 if "uint8 1 x 256" in s["config"] else 128), where
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
 def test_static_bars() -> None:
-    """No spills, everything fits, 16-byte loads of rows on chip and of chunks, each logit once per kernel."""
+    """Of every kernel, configuration and chip."""
+    rows = stored("gpu_static.json")
+    for row in rows:
+        assert_lean(row)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+    assert len({(row["kernel"], row["config"], row["call"]) for row in rows}) > 80
+    assert all(time["source"] == "predicted" and time["milliseconds"] > 0 for time in stored("gpu_times.json"))
+
+
+def test_static_figures_are_of_these_kernels() -> None:
+    """Those that come closest to a bar, compiled anew."""
     script = """
-import gpu_static, json, torch
+import gpu_static, json, torch, triton
 f32, bf16, u8 = torch.float32, torch.bfloat16, torch.uint8
-cases = [(3, f32, f32), (100, bf16, bf16), (1024, f32, f32), (5000, f32, f32), (5000, bf16, bf16), (250_002, f32, f32)]
-found = [gpu_static.examine(p, target)._asdict() | {"c": c, "item": s.itemsize} for c, s, t in cases
-         for p in gpu_static.launches(c, s, t) for target in ("sm_90", "gfx942")]
-found += [gpu_static.examine(p, target)._asdict() | {"c": c, "item": 4} for c in (3, 5000, 250_002)
-          for p in gpu_static.launches(c, f32, f32, full=False) for target in ("sm_80", "sm_100", "sm_120")]
-print(json.dumps(found))
+cases = [(5000, bf16, bf16, "all", "sm_120"), (5000, f32, f32, "all", "sm_120"), (256, f32, f32, "all", "sm_100"),
+         (15, f32, f32, "mixed", "sm_90"), (1024, f32, f32, "strided", "sm_100"), (1024, f32, u8, "all", "sm_80"),
+         (250_002, f32, f32, "mixed", "sm_100"), (3, f32, f32, "all", "gfx942")]
+rows = [gpu_static.examine(p, target, call)._asdict() for c, s, t, call, target in cases
+        for p in gpu_static.launches(c, s, t, call)]
+print(json.dumps([row | {"triton": triton.__version__, "source": "predicted"} for row in rows]))
 """
-    for s in json.loads(run_compiling(script)):
-        where = f"{s['kernel']} {s['config']} on {s['target']}"
-        assert s["spill_bytes"] == 0, where
-        assert s["fits_shared"], where
-        if s["kernel"] == "join_chunks":
-            continue
-        if s["c"] > launch.FEW_CLASSES:
-            assert s["load_bits"] == 128, where
-        assert s["read_bytes_per_logit"] == s["item"], where
-        if s["kernel"] != "chunk_statistics":
-            assert s["written_bytes_per_logit"] == s["item"], where
+    rows = stored("gpu_static.json")
+    for row in json.loads(run_compiling(script)):
+        assert_lean(row)
+        if row["triton"] == rows[0]["triton"]:
+            assert row in rows, f"run benchmarks/gpu_static.py again: {row}"
 
 
 def test_static_table_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "static.json"
+    table, times = tmp_path / "static.json", tmp_path / "times.json"
     script = f"""
 import sys, gpu_static
-gpu_static.TYPES, gpu_static.CLASSES = gpu_static.TYPES[:1], [3, 250_002]
-sys.argv = ["gpu_static.py", "--targets", "sm_80", "--json", {str(path)!r}]
+gpu_static.TYPES, gpu_static.CLASSES, gpu_static.CALLS = gpu_static.TYPES[:1], [3, 250_002], ["all"]
+sys.argv = ["gpu_static.py", "--targets", "sm_80", "--json", {str(table)!r}, "--times", {str(times)!r}]
 gpu_static.main()
 """
     printed = run_compiling(script)
     assert "predicted milliseconds" in printed
-    names = {"kernel", "config", "target", "registers", "spill_bytes", "shared_bytes", "fits_shared", "load_bits"}
-    rows = json.loads(path.read_text())
+    rows = json.loads(table.read_text())
     assert {row["kernel"] for row in rows} == {"fused_tile", "chunk_statistics", "join_chunks", "chunk_gradient"}
-    assert all(names < row.keys() and row["source"] == "predicted" for row in rows)
+    for row in rows:
+        assert_lean(row)
+    assert json.loads(times.read_text())[0]["chip"] == "A100 80 GB"
 
 
 @pytest.mark.gpu

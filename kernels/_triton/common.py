@@ -266,6 +266,12 @@ def stand_out(x, top, start, target):
     labelled = target >= 0
     chosen = tl.where(across(labelled), columns_of(x, start) == across(target), x == across(top))
     rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
+    # Never so, but unknown to the compiler: what is chosen is found out again, where to remember it would take a
+    # register for each logit.
+    never = rest > top
+    top = tl.where(never, rest, top)
+    target = tl.where(never, target + 1, target)
+    chosen = tl.where(across(labelled), columns_of(x, start) == across(target), x == across(top))
     # One sum for two questions: the label's logit, or how often the largest occurs.
     answer = tl.sum(tl.where(chosen, tl.where(across(labelled), x, 1.0), 0.0), 0)
     own = tl.where(labelled, answer, top)

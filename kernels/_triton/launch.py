@@ -1,4 +1,4 @@
-"""Tensors to launches: where the teachers lie, which regime, which configuration."""
+"""From tensors to launches of the kernels."""
 
 import math
 import os
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtss_fast._triton.common import kernel
+from amtss_fast._triton.config import KINDS, Layout, choose_config, choose_layout
 from amtss_fast._triton.stream import (
     STUDENT_FACTORS,
     STUDENT_FIELDS,
@@ -24,72 +25,9 @@ from amtss_fast._triton.stream import (
 from amtss_fast._triton.tile import fused_tile
 from amtss_fast.ops import Outputs, gradient_dtype
 
-# Types of logits, in the order of their numbers in a kernel.
-KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
 # Teachers whose pointers are arguments of a kernel, the second half of them only where it is needed. Where more of them
 # lie follows from one stride, or is in a table.
 SLOTS = 16
-# Elements of a tile of several rows, the longest row that is a tile of its own, and the chunk of a longer one.
-TILE, LONGEST, CHUNK = 512, 8192, 2048
-# Elements of a tile per thread: twice as many would need twice the registers, and halve what a multiprocessor holds.
-PER_THREAD = 8
-# Up to here a tile has several rows.
-FEW_CLASSES = 128
-
-
-class Config(NamedTuple):
-    """How a kernel is cut: the tile of one program, its threads, and the registers that each may take."""
-
-    rows: int
-    classes: int
-    threads: int
-    registers: int
-
-
-class Layout(NamedTuple):
-    """How memory is walked, see :mod:`amtss_fast._triton.common`."""
-
-    # Elements that are moved at once; 0: any strides.
-    group: int
-    # Elements before a row that a tile may begin at.
-    slack: int
-
-
-def choose_config(n_classes: int, slack: int) -> Config:
-    """The default configuration for rows of `n_classes`; a row that is longer than `classes` is cut into chunks."""
-    classes = triton.next_power_of_2(n_classes)
-    if classes <= FEW_CLASSES:
-        # A row per thread where rows are short: with fewer the labels, as large as two logits, are read several times.
-        rows = 64 if classes <= 16 else TILE // classes
-        return Config(rows, classes, 64, 192 if classes == 16 else 128)
-    classes = triton.next_power_of_2(n_classes + slack)
-    if classes > LONGEST:
-        # Twice the elements per thread: what belongs to the row is read again by every warp.
-        return Config(1, CHUNK, CHUNK // (2 * PER_THREAD), 168)
-    if classes == LONGEST:
-        # A program of 1,024 threads has 64 registers for each, a few too few.
-        return Config(1, classes, classes // (2 * PER_THREAD), 128)
-    return Config(1, classes, max(32, classes // PER_THREAD), 96 if classes == 256 else 80)
-
-
-def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
-    """The fastest way to walk all of `tensors` [N, C] in step."""
-    several = n_classes <= FEW_CLASSES
-    if any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
-        return Layout(0, 0)
-    # A sector of memory in the narrowest type (half of one for codes); a group of a wider type takes several.
-    group = min(16, 32 // min(t.element_size() for t in tensors))
-    positions = {(t.data_ptr() // t.element_size() % group, t.stride(0) % group) for t in tensors}
-    if len(positions) > 1:
-        return Layout(1, 0)
-    ((offset, stride),) = positions
-    if several:
-        # Every tile begins where a group does, if the first does and its rows fill groups.
-        rows, classes, *_ = choose_config(n_classes, 0)
-        slack = group - 1 if offset or rows * n_classes % group else 0
-        return Layout(group, slack) if rows * (classes - n_classes) >= slack else Layout(1, 0)
-    slack = group - 1 if offset or stride else 0
-    return Layout(group, slack)
 
 
 @kernel
@@ -186,7 +124,7 @@ def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
 def plan(layout: Layout, n_teachers: int, arguments: dict[str, Any]) -> list[Launch]:
     """The launches for [N, C]: one where a row fits on chip, else chunks, their union, and the gradient."""
     n_rows, n_classes = arguments["n_rows"], arguments["n_classes"]
-    config = choose_config(n_classes, layout.slack)
+    config = choose_config(n_classes, layout, arguments["TEACHER"])
     n_chunks = 1 if config.rows > 1 else triton.cdiv(n_classes + layout.slack, config.classes)
     arguments |= {
         "GROUP": layout.group,
