@@ -252,8 +252,8 @@ def survey(targets: list[str]) -> Iterator[Static]:
     """Every kernel in every default configuration."""
     for student, teacher in TYPES:
         for n_classes in CLASSES if (student, teacher) == TYPES[0] else CLASSES_OF_OTHER_TYPES:
-            # The types of "mixed" teachers are given.
-            for call in CALLS if student == teacher else CALLS[:-1]:
+            # The teachers' types of "mixed" are given.
+            for call in CALLS if (student, teacher) == TYPES[0] else CALLS[:-1]:
                 for planned in launches(n_classes, student, teacher, call):
                     for target in targets:
                         yield examine(planned, target, call)

@@ -14,9 +14,8 @@ from torch import Tensor
 from amtss_fast._triton.common import kernel
 from amtss_fast._triton.config import KINDS, Layout, choose_config, choose_layout
 from amtss_fast._triton.stream import (
-    STUDENT_FACTORS,
     STUDENT_FIELDS,
-    TEACHER_FACTORS,
+    STUDENT_PAIRS,
     TEACHER_FIELDS,
     chunk_gradient,
     chunk_statistics,
@@ -144,7 +143,7 @@ def plan(layout: Layout, n_teachers: int, arguments: dict[str, Any]) -> list[Lau
         "n_chunks": n_chunks,
         "CHUNKS": triton.next_power_of_2(n_chunks),
         "fields": new((STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks)),
-        "factors": new((STUDENT_FACTORS.value + n_teachers * TEACHER_FACTORS.value, n_rows)),
+        "factors": new((STUDENT_PAIRS.value + n_teachers, n_rows, 2)),
     }
     launches = [launch(chunk_statistics, n_rows * n_chunks), launch(join_chunks, n_rows, 32)]
     if arguments["grad"] is not None:

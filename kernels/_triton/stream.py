@@ -29,10 +29,9 @@ from amtss_fast._triton.common import (
 STUDENT_FIELDS = tl.constexpr(7)
 # then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), largest rest, label's logit.
 TEACHER_FIELDS = tl.constexpr(5)
-# Fields of a row, [N] each: for the student the maximum and the factors of exp2(b), exp2(b tau), and of the target;
-STUDENT_FACTORS = tl.constexpr(4)
-# then for each teacher its maximum and the factor of exp2(a).
-TEACHER_FACTORS = tl.constexpr(2)
+# Factors of a row, in pairs [N, 2]: for the student the maximum and the factor of exp2(b), those of exp2(b tau) and
+# of the target; then for each teacher its maximum and the factor of exp2(a).
+STUDENT_PAIRS = tl.constexpr(2)
 
 
 @kernel
@@ -169,7 +168,7 @@ def join_chunks(
         divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
         shares = shares * keep + tl.where(ks == k, share, 0.0)
         totals = tl.where(ks == k, total, totals)
-        tl.store(factors + (STUDENT_FACTORS + TEACHER_FACTORS * k) * n_rows + row, top)
+        tl.store(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row), top)
         if weights is not None:
             tl.store(margins + k * n_rows + row, tl.where(alpha > 0, margin, 0.0))
             tl.store(kd + k * n_rows + row, tl.where(alpha > 0, kl, 0.0))
@@ -195,19 +194,25 @@ def join_chunks(
         ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
         loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
         ce_factor = tl.where(labelled, ce_weight * factor, 0.0)
-        tl.store(factors + 2 * n_rows + row, tl.where(ce_factor == 0, 0.0, (1 / total) * ce_factor))
-        tl.store(factors + 3 * n_rows + row, ce_factor)
+        tl.store(factors + 2 * (n_rows + row), tl.where(ce_factor == 0, 0.0, (1 / total) * ce_factor))
+        tl.store(factors + 2 * (n_rows + row) + 1, ce_factor)
     loss = tl.where(invalid, float("nan"), loss)
     tl.store(row_loss + row, tl.where(alive, weight * loss, 0.0))
 
     kd_factor = kd_weight * temperature * factor
     kd_factor = tl.where((mass == 0) & (invalid == 0), 0.0, kd_factor)
-    tl.store(factors + row, top_s)
+    tl.store(factors + 2 * row, top_s)
     # The same order of operations for student and teachers: where they are equal, the gradient is exactly 0.
-    tl.store(factors + n_rows + row, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
+    tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
     shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares / totals * kd_factor))
-    at = (STUDENT_FACTORS + TEACHER_FACTORS * ks + 1) * n_rows + row
-    tl.store(factors + at, shares, ks < n_teachers)
+    tl.store(factors + 2 * ((STUDENT_PAIRS + ks) * n_rows + row) + 1, shares, ks < n_teachers)
+
+
+@triton.jit
+def load_pair(pointer):
+    """Two neighbouring numbers with one load: every warp of a chunk needs them."""
+    both = tl.load(pointer.to(tl.pointer_type(tl.int64)))
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @kernel
@@ -228,21 +233,17 @@ def chunk_gradient(
     row = tl.program_id(0).to(tl.int64) // n_chunks
     chunk = tl.program_id(0) % n_chunks
     tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
-    top = tl.load(factors + row)
-    kd_factor = tl.load(factors + n_rows + row)
-    ce_factor = kd_factor
+    top, kd_factor = load_pair(factors + 2 * row)
     wanted = kd_factor != 0
     if CE:
-        ce_factor = tl.load(factors + 3 * n_rows + row)
+        q_factor, ce_factor = load_pair(factors + 2 * (n_rows + row))
         wanted |= ce_factor != 0
     source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
     s, start = load_tile(source, wanted, tile, n_classes, STUDENT, GROUP)
     b = (s - top) * exponent
     g = tl.where(kd_factor == 0, 0.0, tl.exp2(b) * kd_factor)
     for k in range(n_teachers):
-        at = factors + (STUDENT_FACTORS + TEACHER_FACTORS * k) * n_rows + row
-        top = tl.load(at)
-        factor = tl.load(at + n_rows)
+        top, factor = load_pair(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row))
         row_max, step = read_scales(scales, k, row, factor != 0, n_rows, n_teachers)
         address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
         source = (address, t_row_stride, t_class_stride, kind, row_max, step)
@@ -252,6 +253,6 @@ def chunk_gradient(
     if CE:
         label = tl.load(labels + row).to(tl.int32)
         smoothed = tl.where(columns_of(s, start) == label, 1 - label_smoothing, 0.0) + label_smoothing / n_classes
-        e = tl.exp2(b * temperature) * tl.load(factors + 2 * n_rows + row)
+        e = tl.exp2(b * temperature) * q_factor
         g += tl.where(ce_factor == 0, 0.0, e - ce_factor * smoothed)
     store_tile(grad, g, tile, n_classes, GROUP)
