@@ -156,6 +156,28 @@ def test_many_teachers(monkeypatch: pytest.MonkeyPatch, stacked: bool, k: int, c
     assert_within_budget(case.run("triton"), case)
 
 
+@pytest.mark.parametrize(("n", "c", "k"), [(9, 3, 2), (2, 301, 18)])
+def test_autotuning_is_opt_in(monkeypatch: pytest.MonkeyPatch, n: int, c: int, k: int) -> None:
+    tried: list[Any] = []
+
+    def bench(run: Any, quantiles: Any) -> list[float]:
+        tried.append(run())
+        return [1.0] * len(quantiles)
+
+    autotune = launch.triton.autotune
+    monkeypatch.setattr(launch.triton, "autotune", lambda configs, key: autotune(configs, key, do_bench=bench))
+    launch._tunable.cache_clear()
+    case = make_case(n, c, k, ce_weight=0.5)
+    plain = case.run("triton")
+    assert not tried
+    monkeypatch.setenv("AMTSS_AUTOTUNE", "1")
+    tuned = case.run("triton")
+    assert len(tried) >= 5
+    for a, b in zip(plain.parts().values(), tuned.parts().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    launch._tunable.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, 0.37])
 def test_the_gradient_is_scaled_in_place(dtype: torch.dtype, factor: float) -> None:
