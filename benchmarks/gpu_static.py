@@ -224,8 +224,7 @@ def _moving_lines() -> dict[int, str]:
     return found
 
 
-_LOCATION = re.compile(r"\.loc\s.*?[;/]+ ((\w+)\.py:(\d+):.*)")
-_LABEL = re.compile(r"^[.$]L\w*:")
+_LOCATION = re.compile(r"\.loc\s.*?[;/]+ (\w+)\.py:(\d+):")
 _NVIDIA = re.compile(r"\b(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b")
 _AMD = re.compile(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)")
 _AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "short": 16, "ushort": 16, "sshort": 16}
@@ -235,27 +234,20 @@ _AMD_BITS |= {"byte": 8, "ubyte": 8, "sbyte": 8}
 def _moves(assembly: str) -> dict[str, list[int]]:
     """Bits of each instruction that moves logits: those that the compiler attributes to `_moving_lines`.
 
-    Where it makes several versions of a loop, of which one runs, the largest counts.
+    Where it makes several versions of a loop, all of them count, though one runs.
     """
-    versions: dict[tuple[str, str], dict[int, list[int]]] = {}
-    kind, place, block = None, "", 0
+    moves: dict[str, list[int]] = {"load": [], "store": []}
+    place = ("", 0)
     for line in assembly.splitlines():
-        block += _LABEL.match(line) is not None
         if location := _LOCATION.search(line):
-            place = location[1]
-            kind = _moving_lines().get(int(location[3])) if location[2] == "common" else None
+            place = (location[1], int(location[2]))
+        kind = _moving_lines().get(place[1]) if place[0] == "common" else None
         if kind is None:
             continue
         if found := _NVIDIA.search(line):
-            bits = int(found[1] or 1) * int(found[2])
+            moves[kind].append(int(found[1] or 1) * int(found[2]))
         elif found := _AMD.search(line):
-            bits = _AMD_BITS[re.sub(r"_d16.*", "", found[1])]
-        else:
-            continue
-        versions.setdefault((kind, place), {}).setdefault(block, []).append(bits)
-    moves: dict[str, list[int]] = {"load": [], "store": []}
-    for (kind, _), blocks in versions.items():
-        moves[kind] += max(blocks.values(), key=sum)
+            moves[kind].append(_AMD_BITS[re.sub(r"_d16.*", "", found[1])])
     return moves
 
 
