@@ -69,17 +69,20 @@ def make_batch(vocabulary: int, padded: bool) -> dict[str, Tensor]:
     return {"input_ids": ids.where(mask.bool(), torch.ones_like(ids)), "attention_mask": mask}
 
 
-def resident() -> int:
-    """Bytes of anonymous memory."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+def resident() -> tuple[int, int]:
+    """Bytes of anonymous memory, and with the pages of mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    anonymous, everything = (
+        1024 * int(next(line for line in lines if line.startswith(name)).split()[1]) for name in ("RssAnon", "VmRSS")
+    )
+    return anonymous, everything
 
 
 class Peak(threading.Thread):
-    """The largest resident set while it runs, beyond that at its start."""
+    """The largest resident set while it runs, beyond that at its start: anonymous, and with mapped files."""
 
     def __enter__(self) -> Peak:
-        self._before, self.bytes, self._done = resident(), 0, threading.Event()
+        self._before, self.bytes, self.with_files, self._done = resident(), 0, 0, threading.Event()
         self.start()
         return self
 
@@ -89,7 +92,9 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, resident() - self._before)
+            anonymous, everything = resident()
+            self.bytes = max(self.bytes, anonymous - self._before[0])
+            self.with_files = max(self.with_files, everything - self._before[1])
 
 
 def one_engine(folder: str, engine: str, vocabulary: int, seconds: float) -> dict[str, Any]:
@@ -218,11 +223,11 @@ def fidelity(encoder: str, engines: list[str], n_train: int, n_test: int) -> lis
             model(**{k: v for k, v in batch.items() if k != "labels"})
     hook.remove()
     x, y = torch.cat(vectors), torch.cat([b["labels"] for b in train_batches])
-    head = [*model.projections.parameters(), *model.classifier.parameters()]
+    head = [*model.projections.parameters(), *model.classifiers.parameters()]
     optimizer = torch.optim.AdamW(head, lr=1e-2)
     for _ in range(300):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model.classifier(model.projections[0](x)), y)
+        loss = torch.nn.functional.cross_entropy(model.classifiers[0](model.projections[0](x)), y)
         loss.backward()
         optimizer.step()
     rows: list[dict[str, Any]] = []
@@ -286,7 +291,7 @@ def main() -> None:
         print(" ".join(f"{row[c]:16.4g}" if isinstance(row[c], float) else f"{row[c]!s:>16}" for c in columns))
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.exists() else {}
-        shape = {"layers": args.layers, "width": 768, "vocabulary": args.vocabulary, "rows": N, "tokens": T}
+        shape = {"layers": args.layers, "width": 768, "vocabulary": args.vocabulary, "batch": [N, T]}
         source = {"encoder": Path(args.fidelity).name} if args.fidelity else shape
         # Engines measured before are kept: each is compared with the float32 of its own run.
         kept = [row for row in known.get(part, {}).get("rows", []) if row["engine"] not in engines]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amtss_fast import amtss_loss
-from amtss_fast.precision import Answers, changes, compare, format_changes, recommend
+from amtss_fast.precision import Answers, _within, changes, compare, format_changes, recommend
 
 
 def test_compare() -> None:
@@ -64,3 +64,17 @@ def test_recommendation(bfloat16: Any, int8: Any, expected: tuple[str, str]) -> 
     precision, why = recommend(results, "a")
     assert precision == expected[0]
     assert expected[1] in why
+
+
+@pytest.mark.parametrize(
+    ("kl", "agreement", "rows", "within"),
+    [
+        (1e-4, 63 / 64, 64, True),
+        (1e-4, 62 / 64, 64, False),
+        (1.1e-3, 1.0, 64, False),
+        (1e-4, 0.99, 1000, True),
+        (0, 0.989, 1000, False),
+    ],
+)
+def test_limits(kl: float, agreement: float, rows: int, within: bool) -> None:
+    assert _within({"kl": kl, "agreement": agreement, "rows": rows}) is within
