@@ -168,7 +168,7 @@ def format_changes(results: Sequence[dict[str, Any]], names: Sequence[str]) -> s
     lines.append("")
     lines += [f"{name}: use {precision} ({why})" for name in names for precision, why in [recommend(results, name)]]
     lines.append(
-        f"Limits (<-): mean KL {LARGEST_KL:g} nats and {LEAST_AGREEMENT:.0%} of a language's rows, one aside, with the same class. "
-        "Changes are mean magnitudes against float32; weights with all teachers in the precision."
+        f"Limits (<-): mean KL {LARGEST_KL:g} nats and {LEAST_AGREEMENT:.0%} of a language's rows, one aside, with the "
+        "same class. Changes are mean magnitudes against float32; weights with all teachers in the precision."
     )
     return "\n".join(lines)

@@ -14,8 +14,8 @@ Three teachers of 12 x 384, a student of 4 x 384 (bench_train.yaml), cldr_topic 
 
 Each way runs in a process of its own. `student` is what the other parts leave: its forward and backward pass, the
 optimiser and the loop. Peak memory is the largest resident set beyond that before the teachers were loaded; `anonymous`
-is without pages of mapped files, where float32 weights lie on CPUs. The teachers are trained first, if they are not there
-yet, and are the same for all ways.
+is without pages of mapped files, where float32 weights lie on CPUs. The teachers are trained first, if they are not
+there yet, and are the same for all ways.
 """
 
 from __future__ import annotations
