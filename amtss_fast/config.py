@@ -106,6 +106,15 @@ class CacheConfig(_Section):
     batch_size: int = Field(default=64, gt=0)
 
 
+class MemoryConfig(_Section):
+    """How much memory the student's training may take."""
+
+    budget: str | float
+    """`6GB`, `800MB`, `2GiB`, or `auto`: what is free now. Of the process, or of an accelerator's memory."""
+    approximate: bool = True
+    """Whether teachers may be loaded in bfloat16 or int8 where nothing exact fits."""
+
+
 class RunConfig(_Section):
     """One run: data, teachers, student, and the folder that it leaves."""
 
@@ -120,6 +129,8 @@ class RunConfig(_Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     teacher_cache: CacheConfig | None = None
     """Train from cached logits, which `amtss-fast cache` computes; default: ask the teachers in each step."""
+    memory: MemoryConfig | None = None
+    """Choose micro-batch, gradient checkpointing, chunk and the teachers' precision so that training stays below."""
     teacher_training: dict[str, Any] = {}
     training: dict[str, Any] = {}
     labels_only: bool = False

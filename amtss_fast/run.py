@@ -18,8 +18,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
@@ -39,10 +40,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from amtss_fast.cache import ROW, CachedTeachers, CacheEntry, default_format, files_digest, pool_logits
-from amtss_fast.config import CacheConfig, ModelConfig, RunConfig, TeacherConfig
+from amtss_fast.config import CacheConfig, MemoryConfig, ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data, split_data
 from amtss_fast.int8 import choose_engine
+from amtss_fast.linear_ops import default_chunk_rows
 from amtss_fast.loss import amtss_loss
+from amtss_fast.memory import Plan, give_back, make_plan, parse_budget, peak_of, used
 from amtss_fast.precision import Answers, ask, changes
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
@@ -159,6 +162,7 @@ class _Run:
     config: RunConfig
     folder: Path
     resume: bool
+    plan: Plan | None = None
 
     def carry_out(self, state: PartialState) -> None:
         started = time.time()
@@ -167,6 +171,8 @@ class _Run:
 
         for teacher in self.config.teachers:
             self._source(teacher)
+        if self.config.memory is not None and not (self.folder / STUDENT).is_dir():
+            self._fit_into_memory(self.config.memory)
         # From a cache the student learns before any teacher is loaded.
         pool = self._pool() if self.config.teacher_cache is None else None
         seconds["teachers"] = time.time() - started
@@ -189,6 +195,88 @@ class _Run:
         metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
         write_report(self.folder)
+
+    # Short memory.
+
+    def _fit_into_memory(self, memory: MemoryConfig) -> None:
+        """Finds a plan for the student's training and changes the configuration to it."""
+        device = self._device
+        arguments = self.arguments(STUDENT, self.config.training)
+        if arguments.world_size > 1:
+            raise ValueError(f"memory.budget is for one process, this run has {arguments.world_size}")
+        budget = parse_budget(memory.budget, device)
+        configured = self.config.teachers
+        precisions = ["as configured"]
+        if memory.approximate and self.config.teacher_cache is None:
+            lower = PRECISIONS[1 + max(PRECISIONS.index(teacher.precision) for teacher in configured) :]
+            precisions += lower
+        chunk_rows = self._chunk_rows(budget, device)
+
+        @contextmanager
+        def teachers(precision: str) -> Iterator[Callable[[int, bool, int], int]]:
+            changed = {} if precision == "as configured" else {"precision": precision}
+            changed_teachers = [teacher.model_copy(update=changed) for teacher in configured]
+            self.config = self.config.model_copy(update={"teachers": changed_teachers})
+            pool = self._cached_teachers() if self.config.teacher_cache is not None else self._pool()
+            model = self._new_model(self.config.student, self.languages)
+            if used(device) > budget:
+                raise MemoryError
+            yield self._prober(model, pool, chunk_rows)
+            del model, pool
+            give_back()
+
+        self.plan = make_plan(
+            budget,
+            arguments.per_device_train_batch_size,
+            arguments.gradient_accumulation_steps,
+            precisions,
+            teachers,
+            chunk_rows,
+        )
+        give_back()
+        print(self.plan.describe(), flush=True)
+        training = self.config.training | {
+            "per_device_train_batch_size": self.plan.micro_batch,
+            "gradient_accumulation_steps": self.plan.accumulation,
+            "activation_checkpointing": self.plan.checkpointing,
+            "chunk_rows": self.plan.chunk_rows,
+        }
+        self.config = self.config.model_copy(update={"training": training})
+
+    def _chunk_rows(self, budget: int, device: torch.device) -> int | None:
+        """None but for language models whose chunk of logits would take more than a tenth of the budget."""
+        return None
+
+    def _prober(self, model: Any, pool: Any, chunk_rows: int | None) -> Callable[[int, bool, int], int]:
+        """The peak of a step on the longest rows, with the optimiser's state that it will have."""
+        options = self.config.training | {"chunk_rows": chunk_rows, "report_to": "none"}
+        trainer = self._trainer(model, self._student_data, pool, self.arguments("memory", options), self.languages)
+        rows = cast(Dataset, trainer.train_dataset)
+        lengths = np.array([len(ids) for ids in rows["input_ids"]])
+        longest = np.argsort(-lengths, kind="stable")
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        # Two states of each parameter, as Adam and its kin have.
+        states: int = 2 * trained
+        device = trainer.args.device
+        model.to(device).train()
+
+        def peak(micro_batch: int, checkpointing: bool, accumulation: int) -> int:
+            batch = trainer.data_collator([rows[int(i)] for i in longest[:micro_batch]])
+            inputs = trainer._prepare_inputs(batch)
+            switch = model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable
+            switch()
+
+            def step() -> None:
+                # The second micro-batch meets the gradients of the first.
+                for _ in range(min(2, accumulation)):
+                    with trainer.compute_loss_context_manager():
+                        trainer.compute_loss(model, dict(inputs), num_items_in_batch=torch.tensor(1)).backward()
+
+            bytes_ = peak_of(step, device) + states
+            model.zero_grad(set_to_none=True)
+            return bytes_
+
+        return peak
 
     # What the models stand on.
 
@@ -485,6 +573,23 @@ class _Run:
         target: Path,
         languages: Sequence[str],
     ) -> AMTSSTrainer:
+        trainer = self._trainer(model, data, pool, arguments, languages)
+        rows = f"{len(cast(Dataset, trainer.train_dataset)):,} texts in {len(languages)} languages"
+        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+        if trainer.is_world_process_zero():
+            print(f"\nTraining {target.name}: {rows}, {size}", flush=True)
+        checkpoint = get_last_checkpoint(arguments.output_dir) if self.resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        partial = target.with_name(target.name + ".partial")
+        trainer.save_model(str(partial))
+        if trainer.is_world_process_zero():
+            os.replace(partial, target)
+        trainer.accelerator.wait_for_everyone()
+        return trainer
+
+    def _trainer(
+        self, model: Any, data: DatasetDict, pool: Any, arguments: AMTSSTrainingArguments, languages: Sequence[str]
+    ) -> AMTSSTrainer:
         keep_text = pool is not None and pool.needs_text
         encoded = encode(
             data,
@@ -499,7 +604,7 @@ class _Run:
                 numbers = np.arange(start, start + len(encoded[split]))
                 encoded[split] = encoded[split].add_column(ROW, numbers)
                 start += len(numbers)
-        trainer = AMTSSTrainer(
+        return AMTSSTrainer(
             model,
             arguments,
             teachers=pool,
@@ -509,18 +614,6 @@ class _Run:
             data_collator=self._collator(keep_text),
             processing_class=self.tokenizer,
         )
-        rows = f"{len(encoded['train']):,} texts in {len(languages)} languages"
-        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
-        if trainer.is_world_process_zero():
-            print(f"\nTraining {target.name}: {rows}, {size}", flush=True)
-        checkpoint = get_last_checkpoint(arguments.output_dir) if self.resume else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        partial = target.with_name(target.name + ".partial")
-        trainer.save_model(str(partial))
-        if trainer.is_world_process_zero():
-            os.replace(partial, target)
-        trainer.accelerator.wait_for_everyone()
-        return trainer
 
     # What it was worth.
 
@@ -557,6 +650,7 @@ class _Run:
                 **{name: model.num_parameters() for name, model in students.items()},
                 **{teacher.name: teacher.model.num_parameters() for teacher in pool.teachers},
             },
+            **({} if self.plan is None else {"memory": asdict(self.plan)}),
             "config": self.config.model_dump(),
         }
 
@@ -590,6 +684,13 @@ class _LanguageModelRun(_Run):
             return self._load(encoder)
         fresh: PreTrainedModel = TASK_MODELS[self.config.task].from_config(encoder)
         return fresh
+
+    def _chunk_rows(self, budget: int, device: torch.device) -> int | None:
+        asked: int | None = self.arguments(STUDENT, self.config.training).chunk_rows
+        row_bytes = (len(self.config.teachers) + 2) * len(self.tokenizer) * 4
+        most = max(16, budget // 10 // row_bytes)
+        default = default_chunk_rows(1 << 30, len(self.tokenizer), len(self.config.teachers), 4, device.type)
+        return asked if asked is not None or most >= default else most
 
     @property
     def _student_data(self) -> DatasetDict:

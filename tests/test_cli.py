@@ -100,6 +100,8 @@ def test_language_models(tmp_path: Path, task: str, capsys: pytest.CaptureFixtur
 def test_settings_that_a_task_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "masked-lm", "student.pooling=cls"]) == 2
     assert "task 'masked-lm' has no use for pooling" in capsys.readouterr().err
+    assert main(["train", "masked-lm", "teacher_cache.path=runs/cache"]) == 2
+    assert "teacher_cache is for sequence-classification, not for task 'masked-lm'" in capsys.readouterr().err
     assert main(["train", "masked-lm", "task=summary"]) == 2
     assert "Input should be 'sequence-classification', 'masked-lm' or 'causal-lm'" in capsys.readouterr().err
 

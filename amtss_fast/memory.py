@@ -1,0 +1,211 @@
+"""Training under a memory budget: what to give up, in which order, found by trying it on the longest rows.
+
+What is tried is what runs: a forward and a backward pass of the real models at a micro-batch, with the peak of the
+whole process (CPU) or of the device's allocator as the kernel or CUDA reports it. Micro-batches grow as long as the
+next one is expected to fit, so that trying does not break the budget either.
+"""
+
+from __future__ import annotations
+
+import amtss_fast.training_extra  # noqa: F401
+
+# isort: split
+import ctypes
+import gc
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+# What a plan may be expected to need of the budget: the rest is for what it does not see, such as an allocator's holes.
+_FILL = 0.92
+# Of the memory that is free now, with the budget "auto".
+_AUTO = 0.9
+# Below this, matrix products of a micro-batch get slow, and recomputing activations is the smaller loss.
+_SMALL = 8
+
+
+def parse_budget(budget: str | float, device: torch.device) -> int:
+    """Bytes of `"6GB"`, `"800MB"`, `"2GiB"`, a number of bytes, or `"auto"`: nine tenths of what is free now, on top of
+    what this process has already.
+
+    Raises:
+        ValueError: anything else, or not above 0.
+    """
+    if budget == "auto":
+        return int(_AUTO * (_available(device) + used(device)))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", str(budget), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"memory.budget must be a size such as 6GB, 800MB or 2GiB, or auto; got {budget!r}")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    # A container may have less than the machine.
+    limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(usage.read_text()))
+    return free
+
+
+def used(device: torch.device) -> int:
+    """Bytes in use now: of the process, or of a device's allocator."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes in use while `run` runs, what was there before included.
+
+    Raises:
+        RuntimeError: on a CPU without Linux, which alone can forget an earlier peak.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return int(torch.cuda.max_memory_allocated(device))
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError(f"memory.budget on a CPU needs Linux, this is {sys.platform}")
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def give_back() -> None:
+    """Hands what nobody uses back to the system, where the C library can."""
+    gc.collect()
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training runs with, and the peak that it is expected to reach."""
+
+    precision: str
+    """Of the teachers: `as configured`, `bfloat16` or `int8`."""
+    approximate: bool
+    """Whether that is less than the configuration asks for: another loss, by the teachers' rounding."""
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    chunk_rows: int | None
+    budget: int
+    expected: int
+    """Bytes."""
+
+    def describe(self) -> str:
+        """One line for the user."""
+        parts = [
+            f"teachers {self.precision}" + (" (approximate)" if self.approximate else ""),
+            f"micro-batch {self.micro_batch} x {self.accumulation}",
+            f"gradient checkpointing {'on' if self.checkpointing else 'off'}",
+        ]
+        if self.chunk_rows is not None:
+            parts.append(f"chunks of {self.chunk_rows} tokens")
+        return (
+            f"Memory: budget {self.budget / 1e9:.2f} GB, expected peak {self.expected / 1e9:.2f} GB: {', '.join(parts)}"
+        )
+
+
+def make_plan(
+    budget: int,
+    batch_size: int,
+    accumulation: int,
+    precisions: Sequence[str],
+    teachers: Callable[[str], AbstractContextManager[Callable[[int, bool, int], int]]],
+    chunk_rows: int | None = None,
+) -> Plan:
+    """The first plan that fits, of those that change the least.
+
+    In this order: the whole batch at once; micro-batches, down to 8 rows; gradient checkpointing; smaller
+    micro-batches; then the same with the next precision of the teachers, of which all but the first are approximate.
+
+    Args:
+        budget: bytes.
+        batch_size: rows of a micro-batch as configured, `accumulation` of them in a step; their product is kept.
+        precisions: of the teachers, the configured one first.
+        teachers: loads them in a precision and gives the peak in bytes of a step at (micro-batch, checkpointing,
+            accumulation); raises MemoryError where they alone are too large.
+        chunk_rows: what the plan says about it.
+
+    Raises:
+        ValueError: nothing fits; the message names the least that was seen.
+    """
+    limit = int(_FILL * budget)
+    least: list[int] = []
+    for precision in precisions:
+        try:
+            with teachers(precision) as peak:
+                found = _largest(peak, batch_size, accumulation, limit, least)
+        except MemoryError:
+            continue
+        if found is not None:
+            micro_batch, checkpointing, expected = found
+            return Plan(
+                precision,
+                precision != precisions[0],
+                micro_batch,
+                accumulation * (batch_size // micro_batch),
+                checkpointing,
+                chunk_rows,
+                budget,
+                expected,
+            )
+    needed = f"; the least that was tried needs {min(least) / _FILL / 1e9:.2f} GB" if least else ""
+    raise ValueError(
+        f"memory.budget = {budget / 1e9:.2f} GB is too small for these models with teachers in "
+        f"{' or '.join(precisions)}{needed}"
+    )
+
+
+def _largest(
+    peak: Callable[[int, bool, int], int], batch_size: int, accumulation: int, limit: int, least: list[int]
+) -> tuple[int, bool, int] | None:
+    """Micro-batch, checkpointing and peak of the best that fits."""
+    best: tuple[int, bool, int] | None = None
+    for checkpointing in (False, True):
+        seen: list[tuple[int, int]] = []
+        for micro_batch in _sizes(batch_size):
+            if seen and _expected(seen, micro_batch) > limit:
+                break
+            bytes_ = peak(micro_batch, checkpointing, accumulation * (batch_size // micro_batch))
+            least.append(bytes_)
+            if bytes_ > limit:
+                break
+            seen.append((micro_batch, bytes_))
+        if seen and (best is None or seen[-1][0] > best[0]):
+            best = seen[-1][0], checkpointing, seen[-1][1]
+        if best is not None and best[0] >= min(_SMALL, batch_size):
+            break
+    return best
+
+
+def _sizes(batch_size: int) -> Iterator[int]:
+    """Divisors of the batch, each about twice the one before."""
+    last = 0
+    for size in range(1, batch_size + 1):
+        if batch_size % size == 0 and (size >= 2 * last or size == batch_size):
+            last = size
+            yield size
+
+
+def _expected(seen: Sequence[tuple[int, int]], micro_batch: int) -> float:
+    """The peak at a larger micro-batch, on the line through the last two."""
+    if len(seen) < 2:
+        return seen[-1][1]
+    (small, low), (large, high) = seen[-2:]
+    return high + max(0, high - low) / (large - small) * (micro_batch - large)
