@@ -185,7 +185,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nothing"], "no configuration 'nothing': give a YAML file, or one of demo, xnli"),
+        (["train", "nothing"], "no configuration 'nothing': give a YAML file, or one of demo, masked-lm, xnli"),
         (["train", "demo", "student.pooling"], "an override must be key=value, got 'student.pooling'"),
         (["train", "demo", "teachers.7.name=a"], "'7' must be a place in a list of 3"),
         (["train", "demo", "seed.x=1"], "seed is 0, not a section"),
