@@ -191,7 +191,8 @@ class _AttachGradient(torch.autograd.Function):
     def forward(ctx: Any, student_logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
         ctx.student_dtype = student_logits.dtype
-        return loss
+        # A copy: the caller may change its loss in place, which torch forbids on an input that is passed on.
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:

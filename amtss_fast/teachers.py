@@ -42,9 +42,9 @@ from amtss_fast.student import (
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
-# On CPUs a row's logits have the same bits in every batch of at least this many rows whose length is a multiple of the
-# second number: below that, matrix products and sums over positions take other paths. So logits of a cache are those of
-# training.
+# On one thread of a CPU a row's logits have the same bits in every batch of at least this many rows whose length is a
+# multiple of the second number: below that, matrix products and sums over positions take other paths. So logits of a
+# cache are those of training. Several threads share a product out according to its size, which moves last bits.
 _ROWS = 8
 _COLUMNS = 8
 

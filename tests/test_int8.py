@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,15 @@ def test_rows_of_like_length_go_together(tmp_path: Path) -> None:
         torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(tmp_path: Path, precision: str) -> None:
     teacher = load_teacher(tiny_teacher(tmp_path, hidden_size=64, intermediate_size=256), precision=precision)

@@ -502,6 +502,16 @@ def test_second_derivative_is_refused(backend: str) -> None:
         torch.autograd.grad(loss, student, create_graph=True)
 
 
+def test_the_loss_may_be_changed_in_place(backend: str) -> None:
+    case = make_case(5, 4, 2)
+    student = case.student.requires_grad_()
+    loss = amtss_loss(student, case.teachers, case.labels, backend=backend)
+    (twice,) = torch.autograd.grad(2 * loss, student, retain_graph=True)
+    loss *= 2
+    (in_place,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(in_place, twice, rtol=0, atol=0)
+
+
 def test_same_inputs_same_bits(backend: str) -> None:
     case = make_case(50, 301, 3, masked=True, ce_weight=0.5)
     first = case.run(backend)
