@@ -13,7 +13,7 @@ from amtss_fast import ops
 # Without a GPU the Triton kernels run in Triton's interpreter, which takes seconds where a GPU takes microseconds.
 # There, of these grids only every n-th case runs on the backend "triton" (0: none); AMTSS_TEST_ALL=1 runs them all.
 INTERPRETED_GRIDS = {
-    "test_budget": 3,
+    "test_budget": 5,
     "test_budget_of_mixed_types": 7,
     "test_budget_of_many_teachers": 4,
     "test_budget_at_250002_classes": 2,
