@@ -11,8 +11,10 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels -t
 demo: $(VENV)/.train
 	$(BIN)/amtss-fast demo
 
+# Processes, each on one thread: most of the time goes into Triton's interpreter, which knows no second one.
+JOBS ?= 2
 test: $(VENV)/.test lint ctest
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # The C++ core by itself, on every instruction set of this machine.
 CORE := -DAMTSS_PYTHON=OFF -DAMTSS_TESTS=ON

@@ -187,7 +187,7 @@ def _compute(
     need_grad = need_grad_hidden or need_grad_weight or need_grad_bias
     empty = [head.hidden.new_empty(0, n_classes, dtype=head.dtype) for head in (student, *teachers)]
     # What the backend is asked, less the chunk.
-    call = ops._Arguments(
+    call = ops.Arguments(
         empty[0],
         empty[1:],
         [],
@@ -209,10 +209,10 @@ def _compute(
         need_grad,
         need_stats,
     )
-    module = ops._choose(backend, call.student_logits, call.teacher_logits)
-    if ops._values_are_free(student_hidden):
+    module = ops.choose_backend(backend, call.student_logits, call.teacher_logits)
+    if ops.values_are_free(student_hidden):
         # Here and not by the backend: it sees chunks, and would name a row of the chunk.
-        ops._check_values(call)
+        ops.check_values(call)
 
     kept: Tensor | None = None
     if labels is not None:
@@ -385,7 +385,7 @@ class _LinearAMTSSLoss(torch.autograd.Function):
             ]
         else:
             grads = [
-                ops._scale(grad, grad_loss, dtype) if need else None
+                ops.scale_saved_gradient(grad, grad_loss, dtype) if need else None
                 for grad, dtype, need in zip(saved, ctx.dtypes, ctx.needs, strict=True)
             ]
         return None, None, *grads

@@ -29,6 +29,8 @@ _FILL = 0.92
 _AUTO = 0.9
 # Below this, matrix products of a micro-batch get slow, and recomputing activations is the smaller loss.
 _SMALL = 8
+AS_CONFIGURED = "as configured"
+"""The precision of teachers that keep their own."""
 
 
 def parse_budget(budget: str | float, device: torch.device) -> int:
@@ -64,24 +66,35 @@ def used(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def peak_of(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes in use while `run` runs, what was there before included.
+def forget_peak(device: torch.device) -> None:
+    """From now on :func:`peak` speaks of what comes after.
 
     Raises:
         RuntimeError: on a CPU without Linux, which alone can forget an earlier peak.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return int(torch.cuda.max_memory_allocated(device))
+        return
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"memory.budget on a CPU needs Linux, this is {sys.platform}")
     give_back()
     Path("/proc/self/clear_refs").write_text("5")
-    run()
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes in use since :func:`forget_peak`, what was there before included."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes in use while `run` runs, what was there before included; raises as :func:`forget_peak`."""
+    forget_peak(device)
+    run()
+    return peak(device)
 
 
 def give_back() -> None:
@@ -106,6 +119,8 @@ class Plan:
     budget: int
     expected: int
     """Bytes."""
+    measured: int | None = None
+    """The peak of the training, in bytes, once it is over."""
 
     def describe(self) -> str:
         """One line for the user."""

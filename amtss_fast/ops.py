@@ -52,7 +52,11 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-def _choose(backend: str | None, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> ModuleType:
+def choose_backend(backend: str | None, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> ModuleType:
+    """The backend's module: the one asked for, else the first of the device that runs these tensors.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that is missing or cannot run them.
+    """
     if backend is not None:
         module = _module(backend)
         if (reason := why_missing(backend)) is not None:
@@ -79,12 +83,12 @@ def gradient_dtype(student_logits: Tensor) -> torch.dtype:
     return torch.float32 if student_logits.dtype == torch.float16 else student_logits.dtype
 
 
-def _values_are_free(tensor: Tensor) -> bool:
-    # Looking at a value on an accelerator waits for the device: only where the user asks for it.
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether looking at its values costs nothing, or is asked for: on an accelerator it waits for the device."""
     return tensor.device.type == "cpu" or os.environ.get("AMTSS_DEBUG") == "1"
 
 
-def _check_values(given: _Arguments) -> None:
+def check_values(given: Arguments) -> None:
     """Raise ValueError for values outside their range."""
     n_classes, labels, num_items = given.student_logits.shape[1], given.labels, given.num_items
     ignore_index, unlabeled_index = given.ignore_index, given.unlabeled_index
@@ -117,7 +121,7 @@ def raise_weight(name: str, value: float) -> None:
     raise ValueError(f"{name} must hold finite numbers >= 0, found {value}")
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     """What the operator hands to a backend, by name: the schema's arguments less `backend`."""
 
     student_logits: Tensor
@@ -144,9 +148,9 @@ class _Arguments(NamedTuple):
 
 def _compute(*arguments: Any) -> Outputs:
     *values, backend = arguments
-    module = _choose(backend, arguments[0], arguments[1])
-    if not module.CHECKS_VALUES and _values_are_free(arguments[0]):
-        _check_values(_Arguments(*values))
+    module = choose_backend(backend, arguments[0], arguments[1])
+    if not module.CHECKS_VALUES and values_are_free(arguments[0]):
+        check_values(Arguments(*values))
     outputs: Outputs = module.amtss_loss(*values)
     return outputs
 
@@ -200,10 +204,10 @@ class _AttachGradient(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("amtss_loss has no second derivative: call backward without create_graph=True")
         (grad,) = ctx.saved_tensors
-        return _scale(grad, grad_loss, ctx.student_dtype), None, None
+        return scale_saved_gradient(grad, grad_loss, ctx.student_dtype), None, None
 
 
-def _scale(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_saved_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Grad [N, C] times grad_loss ([] or [N]), without a second [N, C] buffer where that is safe."""
     compiling = torch.compiler.is_compiling()
     on_cpu = not compiling and grad_loss.dim() == 0 and grad_loss.device.type == "cpu"

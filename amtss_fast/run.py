@@ -5,6 +5,7 @@ RUN/teachers/NAME/   teachers trained here      RUN/labels-only/   the same stud
 RUN/student/         the student and its tokenizer
 RUN/training/NAME/   checkpoints and TensorBoard logs of each training
 RUN/log.jsonl        the student's training log
+RUN/memory.json      what `memory.budget` made of the training, and the peak that it reached
 RUN/metrics.json     figures on the test split  RUN/report.html    all of it, with pictures
 """
 
@@ -20,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
@@ -45,7 +46,7 @@ from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data
 from amtss_fast.int8 import choose_engine
 from amtss_fast.linear_ops import default_chunk_rows
 from amtss_fast.loss import amtss_loss
-from amtss_fast.memory import Plan, give_back, make_plan, parse_budget, peak_of, used
+from amtss_fast.memory import AS_CONFIGURED, Plan, forget_peak, give_back, make_plan, parse_budget, peak, peak_of, used
 from amtss_fast.precision import Answers, ask, changes
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
@@ -53,7 +54,8 @@ from amtss_fast.teachers import PRECISIONS, TASK_MODELS, Teacher, TeacherPool, l
 from amtss_fast.tokens import LanguageModelCollator, TokenTask, TokenTeachers, teacher_scores, token_metrics
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
-_FILES = ("config.yaml", "log.jsonl", "metrics.json", "report.html")
+_PLAN = "memory.json"
+_FILES = ("config.yaml", "log.jsonl", _PLAN, "metrics.json", "report.html")
 _FOLDERS = ("teachers", "student", "labels-only", "training")
 
 
@@ -171,7 +173,7 @@ class _Run:
 
         for teacher in self.config.teachers:
             self._source(teacher)
-        if self.config.memory is not None and not (self.folder / STUDENT).is_dir():
+        if self.config.memory is not None:
             self._fit_into_memory(self.config.memory)
         # From a cache the student learns before any teacher is loaded.
         pool = self._pool() if self.config.teacher_cache is None else None
@@ -199,24 +201,51 @@ class _Run:
     # Short memory.
 
     def _fit_into_memory(self, memory: MemoryConfig) -> None:
-        """Finds a plan for the student's training and changes the configuration to it."""
+        """Finds a plan for the student's training, or the one that an interrupted run has kept, and changes the
+        configuration to it.
+        """
+        if (self.folder / _PLAN).is_file():
+            # A plan made anew could find another micro-batch, and a checkpoint would not go on from where it was.
+            self.plan = Plan(**json.loads((self.folder / _PLAN).read_text(encoding="utf-8")))
+        else:
+            self.plan = self._make_plan(memory)
+            self._write_plan()
+        print(self.plan.describe(), flush=True)
+        self._set_teachers(self.plan.precision)
+        training = self.config.training | {
+            "per_device_train_batch_size": self.plan.micro_batch,
+            "gradient_accumulation_steps": self.plan.accumulation,
+            "activation_checkpointing": self.plan.checkpointing,
+            "chunk_rows": self.plan.chunk_rows,
+        }
+        self.config = self.config.model_copy(update={"training": training})
+
+    def _write_plan(self) -> None:
+        assert self.plan is not None
+        write_atomically(self.folder / _PLAN, json.dumps(asdict(self.plan), indent=1) + "\n")
+
+    def _set_teachers(self, precision: str) -> None:
+        if precision != AS_CONFIGURED:
+            teachers = [teacher.model_copy(update={"precision": precision}) for teacher in self.config.teachers]
+            self.config = self.config.model_copy(update={"teachers": teachers})
+
+    def _make_plan(self, memory: MemoryConfig) -> Plan:
         device = self._device
         arguments = self.arguments(STUDENT, self.config.training)
         if arguments.world_size > 1:
             raise ValueError(f"memory.budget is for one process, this run has {arguments.world_size}")
         budget = parse_budget(memory.budget, device)
-        configured = self.config.teachers
-        precisions = ["as configured"]
+        precisions = [AS_CONFIGURED]
         if memory.approximate and self.config.teacher_cache is None:
-            lower = PRECISIONS[1 + max(PRECISIONS.index(teacher.precision) for teacher in configured) :]
-            precisions += lower
+            highest = max(PRECISIONS.index(teacher.precision) for teacher in self.config.teachers)
+            precisions += PRECISIONS[1 + highest :]
         chunk_rows = self._chunk_rows(budget, device)
+        configured = self.config
 
         @contextmanager
         def teachers(precision: str) -> Iterator[Callable[[int, bool, int], int]]:
-            changed = {} if precision == "as configured" else {"precision": precision}
-            changed_teachers = [teacher.model_copy(update=changed) for teacher in configured]
-            self.config = self.config.model_copy(update={"teachers": changed_teachers})
+            self.config = configured
+            self._set_teachers(precision)
             pool = self._cached_teachers() if self.config.teacher_cache is not None else self._pool()
             model = self._new_model(self.config.student, self.languages)
             if used(device) > budget:
@@ -225,23 +254,18 @@ class _Run:
             del model, pool
             give_back()
 
-        self.plan = make_plan(
-            budget,
-            arguments.per_device_train_batch_size,
-            arguments.gradient_accumulation_steps,
-            precisions,
-            teachers,
-            chunk_rows,
-        )
-        give_back()
-        print(self.plan.describe(), flush=True)
-        training = self.config.training | {
-            "per_device_train_batch_size": self.plan.micro_batch,
-            "gradient_accumulation_steps": self.plan.accumulation,
-            "activation_checkpointing": self.plan.checkpointing,
-            "chunk_rows": self.plan.chunk_rows,
-        }
-        self.config = self.config.model_copy(update={"training": training})
+        try:
+            return make_plan(
+                budget,
+                arguments.per_device_train_batch_size,
+                arguments.gradient_accumulation_steps,
+                precisions,
+                teachers,
+                chunk_rows,
+            )
+        finally:
+            self.config = configured
+            give_back()
 
     def _chunk_rows(self, budget: int, device: torch.device) -> int | None:
         """None but for language models whose chunk of logits would take more than a tenth of the budget."""
@@ -260,7 +284,7 @@ class _Run:
         device = trainer.args.device
         model.to(device).train()
 
-        def peak(micro_batch: int, checkpointing: bool, accumulation: int) -> int:
+        def peak_of_step(micro_batch: int, checkpointing: bool, accumulation: int) -> int:
             batch = trainer.data_collator([rows[int(i)] for i in longest[:micro_batch]])
             inputs = trainer._prepare_inputs(batch)
             switch = model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable
@@ -276,7 +300,7 @@ class _Run:
             model.zero_grad(set_to_none=True)
             return bytes_
 
-        return peak
+        return peak_of_step
 
     # What the models stand on.
 
@@ -498,7 +522,12 @@ class _Run:
             return self._load(target), None
         model = self._new_model(self.config.student, self.languages)
         arguments = self.arguments(STUDENT, self.config.training)
+        if self.plan is not None:
+            forget_peak(self._device)
         trainer = self._train(model, self._student_data, pool, arguments, target, self.languages)
+        if self.plan is not None:
+            self.plan = replace(self.plan, measured=peak(self._device))
+            self._write_plan()
         return model, trainer
 
     def _train_labels_only(self) -> Any:

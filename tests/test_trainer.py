@@ -260,7 +260,7 @@ def test_labels_alone(tmp_path: Path) -> None:
     assert not any(name.startswith("teacher_weight") for name in logs[-1])
 
 
-@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"report_to": "tensorboard"}])
+@pytest.mark.parametrize("options", [{"bf16": True}, {"activation_checkpointing": True}, {"report_to": "tensorboard"}])
 def test_stock_options(tmp_path: Path, teacher_folders: list[Path], options: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, teacher_folders, max_steps=3, **options)
     assert math.isfinite(trainer.train().training_loss)

@@ -105,7 +105,7 @@ def test_impossible_labels_make_their_rows_nan(
     monkeypatch: pytest.MonkeyPatch, weighting: str, n: int, c: int, k: int
 ) -> None:
     # As on a GPU without AMTSS_DEBUG, where looking at labels would wait for the device.
-    monkeypatch.setattr(ops, "_values_are_free", lambda tensor: False)
+    monkeypatch.setattr(ops, "values_are_free", lambda tensor: False)
     case = make_case(n, c, k, special_rows=False, ce_weight=0.5, weighting=weighting, reduction="none")
     clean = case.run("triton")
     bad = torch.tensor([0, n - 1], device=case.labels.device)
