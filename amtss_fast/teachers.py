@@ -129,9 +129,9 @@ class Teacher:
         if max_length is not None and allowed is not None and max_length > allowed:
             raise ValueError(f"max_length of teacher {name!r} must be at most {allowed}, got {max_length}")
         self.max_length = allowed if max_length is None else max_length
-        # Only what the signature names: behind a **kwargs nobody checks what arrives.
+        # What its forward takes. Only what the signature names: behind a **kwargs nobody checks what arrives.
         parameters = inspect.signature(model.forward).parameters.values()
-        self._inputs = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {
+        self.inputs = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {
             "labels",
             "return_dict",
         }
@@ -179,7 +179,7 @@ class Teacher:
         inputs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
-            if name in self._inputs and value is not None
+            if name in self.inputs and value is not None
         }
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             output = self._in_groups(inputs)
@@ -386,8 +386,82 @@ def load_teacher(
     )
 
 
-class TeacherPool:
-    """Several teachers beside one student.
+class Teachers:
+    """Several teachers beside one student, and what each of them teaches: what is common to the pools of all tasks.
+
+    Args:
+        teachers: K teachers with different names.
+        languages: the student's languages; `language_ids` are places in it.
+        tokenizer: the student's, or None.
+
+    Raises:
+        ValueError: no teacher, a name twice, a teacher with a language that the student lacks or with none of its
+            languages.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        languages: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.teachers = list(teachers)
+        self.languages = check_languages(languages)
+        if not self.teachers:
+            raise ValueError("teachers must hold at least one teacher, got none")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"teachers must have different names (name=), got {self.names}")
+        for teacher in self.teachers:
+            lacking = [code for code in teacher.languages or () if code not in self.languages]
+            if lacking:
+                raise ValueError(
+                    f"teacher {teacher.name!r} teaches {', '.join(lacking)}, which the student has not; its languages "
+                    f"are {', '.join(self.languages)}"
+                )
+            if not any(teacher.teaches(code) for code in self.languages):
+                raise ValueError(
+                    f"teacher {teacher.name!r} knows {', '.join(teacher.own_languages or ())}, none of the student's "
+                    f"languages {', '.join(self.languages)}"
+                )
+        self._reads_text = _need_text(self.teachers, tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n  {teacher!r}" for teacher in self.teachers)
+        size = self.memory_footprint() / 2**20
+        return f"{type(self).__name__}({len(self)} teachers, {size:.1f} MiB):{lines}"
+
+    @property
+    def names(self) -> list[str]:
+        """The K names."""
+        return [teacher.name for teacher in self.teachers]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether batches must carry the raw strings, because a tokenizer differs."""
+        return any(self._reads_text)
+
+    @property
+    def prior(self) -> Tensor:
+        """[K] float32 on the CPU: the teachers' priors, `teacher_prior` of the loss."""
+        return torch.tensor([teacher.prior for teacher in self.teachers], dtype=torch.float32)
+
+    @property
+    def teaches(self) -> Tensor:
+        """[K, L] bool on the CPU: teacher k teaches language l (and its prior is not 0)."""
+        return torch.tensor(
+            [[t.prior > 0 and t.teaches(code) for code in self.languages] for t in self.teachers], dtype=torch.bool
+        )
+
+    def memory_footprint(self) -> int:
+        """Bytes of parameters and buffers of all teachers."""
+        return sum(teacher.memory_footprint() for teacher in self.teachers)
+
+
+class TeacherPool(Teachers):
+    """Several teachers beside one student that classifies texts.
 
     A row goes only to the teachers that teach its language; a teacher without a row in the batch is
     not run, nor is one with prior 0. A language that nobody teaches is legal: its rows have no
@@ -413,63 +487,9 @@ class TeacherPool:
         languages: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.teachers = list(teachers)
-        self.languages = check_languages(languages)
+        super().__init__(teachers, languages, tokenizer)
         self.label_names = list(label_names)
-        if not self.teachers:
-            raise ValueError("teachers must hold at least one teacher, got none")
-        names = [teacher.name for teacher in self.teachers]
-        if len(set(names)) != len(names):
-            raise ValueError(f"teachers must have different names (name=), got {names}")
         self._order = [teacher.align(self.label_names) for teacher in self.teachers]
-        self._reads_text = _need_text(self.teachers, tokenizer)
-        for teacher in self.teachers:
-            lacking = [c for c in teacher.languages or () if c not in self.languages]
-            if lacking:
-                raise ValueError(
-                    f"teacher {teacher.name!r} teaches {', '.join(lacking)}, which the student has "
-                    f"not; its languages are {', '.join(self.languages)}"
-                )
-            if not any(teacher.teaches(code) for code in self.languages):
-                raise ValueError(
-                    f"teacher {teacher.name!r} knows {', '.join(teacher.own_languages or ())}, "
-                    f"none of the student's languages {', '.join(self.languages)}"
-                )
-
-    def __len__(self) -> int:
-        return len(self.teachers)
-
-    def __repr__(self) -> str:
-        lines = "".join(f"\n  {teacher!r}" for teacher in self.teachers)
-        size = self.memory_footprint() / 2**20
-        return f"TeacherPool({len(self)} teachers, {size:.1f} MiB):{lines}"
-
-    @property
-    def names(self) -> list[str]:
-        """The K names."""
-        return [teacher.name for teacher in self.teachers]
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether batches must carry the raw strings, because a tokenizer differs."""
-        return any(self._reads_text)
-
-    @property
-    def prior(self) -> Tensor:
-        """[K] float32 on the CPU: the teachers' priors, `teacher_prior` of the loss."""
-        return torch.tensor([teacher.prior for teacher in self.teachers], dtype=torch.float32)
-
-    @property
-    def teaches(self) -> Tensor:
-        """[K, L] bool on the CPU: teacher k teaches language l (and its prior is not 0)."""
-        return torch.tensor(
-            [[t.prior > 0 and t.teaches(code) for code in self.languages] for t in self.teachers],
-            dtype=torch.bool,
-        )
-
-    def memory_footprint(self) -> int:
-        """Bytes of parameters and buffers of all teachers."""
-        return sum(teacher.memory_footprint() for teacher in self.teachers)
 
     def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """What the teachers say about a batch: logits [K, N, C] float32 and mask [K, N] bool.

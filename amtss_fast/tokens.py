@@ -27,8 +27,7 @@ from amtss_fast.int8 import Int8Embedding
 from amtss_fast.linear import linear_amtss_loss
 from amtss_fast.loss import AMTSSStats, amtss_loss
 from amtss_fast.quantization import QuantizedWeight
-from amtss_fast.student import check_languages
-from amtss_fast.teachers import Teacher, _need_text
+from amtss_fast.teachers import Teacher, Teachers
 
 LANGUAGE_MODELS = ("masked-lm", "causal-lm")
 TOKEN_TASKS = (*LANGUAGE_MODELS, "token-classification")
@@ -79,7 +78,7 @@ class _Targets:
         return cls(index, targets.flatten()[index], rows, batch["language_ids"][rows])
 
 
-class TokenTeachers:
+class TokenTeachers(Teachers):
     """Several teachers of a token task beside one student; they read the student's token ids.
 
     A sequence goes only to the teachers of its language; a teacher without one in the batch is not run.
@@ -97,8 +96,6 @@ class TokenTeachers:
             a language that the student lacks.
     """
 
-    needs_text = False
-
     def __init__(
         self,
         teachers: Sequence[Teacher],
@@ -112,25 +109,14 @@ class TokenTeachers:
             raise ValueError(f"task must be one of {', '.join(TOKEN_TASKS)}; got {task!r}")
         if (label_names is None) != (task in LANGUAGE_MODELS):
             raise ValueError(f"label_names belong to token-classification, got {label_names!r} for task {task!r}")
+        super().__init__(teachers, languages, tokenizer)
         self.task = task
-        self.teachers = list(teachers)
-        self.languages = check_languages(languages)
         self.label_names = None if label_names is None else list(label_names)
-        if not self.teachers:
-            raise ValueError("teachers must hold at least one teacher, got none")
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(f"teachers must have different names (name=), got {self.names}")
-        for teacher, differs in zip(self.teachers, _need_text(self.teachers, tokenizer), strict=True):
+        for teacher, differs in zip(self.teachers, self._reads_text, strict=True):
             if differs:
                 raise ValueError(
                     f"teacher {teacher.name!r} has another tokenizer than the student: with task {task!r} all must "
                     "read the same token ids"
-                )
-            lacking = [code for code in teacher.languages or () if code not in self.languages]
-            if lacking:
-                raise ValueError(
-                    f"teacher {teacher.name!r} teaches {', '.join(lacking)}, which the student has not; its languages "
-                    f"are {', '.join(self.languages)}"
                 )
         self.heads: list[OutputHead] = []
         self._order: list[list[int]] = []
@@ -141,26 +127,6 @@ class TokenTeachers:
                     head.quantize()
         else:
             self._order = [teacher.align(label_names) for teacher in self.teachers]
-
-    def __len__(self) -> int:
-        return len(self.teachers)
-
-    @property
-    def names(self) -> list[str]:
-        """The K names."""
-        return [teacher.name for teacher in self.teachers]
-
-    @property
-    def prior(self) -> Tensor:
-        """[K] float32 on the CPU: the teachers' priors."""
-        return torch.tensor([teacher.prior for teacher in self.teachers], dtype=torch.float32)
-
-    @property
-    def teaches(self) -> Tensor:
-        """[K, L] bool on the CPU: teacher k teaches language l (and its prior is not 0)."""
-        return torch.tensor(
-            [[t.prior > 0 and t.teaches(code) for code in self.languages] for t in self.teachers], dtype=torch.bool
-        )
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, Any], targets: _Targets) -> tuple[list[Tensor], Tensor]:
@@ -185,7 +151,7 @@ class TokenTeachers:
                 inputs = {
                     name: value[sequences].to(teacher.device)
                     for name, value in batch.items()
-                    if name in teacher._inputs and isinstance(value, Tensor)
+                    if name in teacher.inputs and isinstance(value, Tensor)
                 }
                 values = self._run(k, inputs).flatten(0, 1)[index.to(teacher.device)].to(targets.index.device)
                 if not values.isfinite().all():
