@@ -65,7 +65,7 @@ class TokenizerConfig(_Section):
 class ModelConfig(_Section):
     """A model on an encoder: of a folder or Hub id, or fresh, from a configuration with its `model_type`.
 
-    A language model has nothing but its encoder.
+    Models of tokens have nothing but their encoder.
     """
 
     encoder: str | dict[str, Any]
@@ -118,7 +118,9 @@ class MemoryConfig(_Section):
 class RunConfig(_Section):
     """One run: data, teachers, student, and the folder that it leaves."""
 
-    task: Literal["sequence-classification", "masked-lm", "causal-lm"] = "sequence-classification"
+    task: Literal["sequence-classification", "token-classification", "masked-lm", "causal-lm"] = (
+        "sequence-classification"
+    )
     title: str | None = None
     """What the report calls the run; default: the task."""
     output_dir: str
@@ -156,6 +158,10 @@ class RunConfig(_Section):
             )
             if useless:
                 raise ValueError(f"task {self.task!r} has no use for {', '.join(useless)}: models have an encoder only")
+        if self.task in ("masked-lm", "causal-lm") and self.data.labelled_fraction != 1:
+            raise ValueError(
+                f"data.labelled_fraction hides labels, task {self.task!r} has none; got {self.data.labelled_fraction}"
+            )
         for teacher in self.teachers:
             if (teacher.path is None) == (teacher.model is None):
                 raise ValueError(f"teacher {teacher.name!r} needs either a path or a model to train")

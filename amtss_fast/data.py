@@ -1,4 +1,4 @@
-"""Multilingual data in one shape: text, optional text_pair, label, language.
+"""Multilingual data in one shape: text, optional text_pair, label, language; or words, each with a label.
 
 `load_data` reads the embedded sets, the Hub and local CSV, JSON lines and Parquet; `encode` and
 `DistillationCollator` turn the result into batches for the student.
@@ -28,6 +28,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from amtss_fast.sources import EMBEDDED, Part, Source, is_embedded, read_parts
 
 UNLABELLED = -1
+IGNORED = -100
+"""Of tokens that have no label of their own."""
 
 _SPLIT_ORDER = ("train", "validation", "test")
 # Offsets of an Arrow string array are 32 bits: a chunk of this many rows stays far below 2 GiB.
@@ -107,6 +109,9 @@ def load_data(
     XNLI's `all_languages` (`{"en": text, ...}` or `{"language": [...], "translation": [...]}`),
     become one row for each language in which all text columns are given.
 
+    A text column that holds lists of words makes a set for token classification: `text` holds lists of str and `label`
+    as long lists of ClassLabel, read from a label column of such lists (empty: no word of the row is labelled).
+
     Labels may be class ids or names. Names get ids in sorted order, or in the order of
     `label_names`; without `label_names` the ids must be 0, 1, ... without a gap, and a set that
     carries its own names keeps them. An empty label or -1 is unlabelled, and `label=None` reads a
@@ -156,7 +161,8 @@ def keep_labels(dataset: Dataset, fraction: float, *, seed: int, per: Sequence[s
     The kept labels are drawn at random in equal shares from each class in each group of rows that
     agree in the columns `per`. Together they are `round(fraction * labelled rows)`, or a little
     more: with a fraction above 0 every class keeps at least one label in each group that has it.
-    The same data, seed and fraction give the same choice. Rows without a label stay so.
+    The same data, seed and fraction give the same choice. Rows without a label stay so. Of words, whole rows keep or
+    lose their labels, in equal shares from each group.
 
     Raises ValueError for a fraction outside [0, 1] and for a column that is not there.
     """
@@ -168,9 +174,10 @@ def keep_labels(dataset: Dataset, fraction: float, *, seed: int, per: Sequence[s
         if name not in dataset.column_names:
             raise ValueError(f"no column {name!r} in the data set; its columns are {dataset.column_names}")
     table = _table(dataset)
-    labels = table["label"].to_numpy()
+    words = isinstance(dataset.features["label"], datasets.List)
+    labels = _most_of_each_row(table["label"]) if words else table["label"].to_numpy()
     group = np.zeros(len(labels), dtype=np.int64)
-    for column in (*(table[name] for name in per), table["label"]):
+    for column in (*(table[name] for name in per), *([] if words else [table["label"]])):
         codes = _codes(column)
         _, group = np.unique(group * (codes.max(initial=0) + 1) + codes, return_inverse=True)
 
@@ -179,12 +186,17 @@ def keep_labels(dataset: Dataset, fraction: float, *, seed: int, per: Sequence[s
     order = labelled[np.random.default_rng(seed).permutation(len(labelled))]
     order = order[np.argsort(group[order], kind="stable")]
     _, starts, sizes = np.unique(group[order], return_index=True, return_counts=True)
-    kept = np.full(len(labels), UNLABELLED, dtype=np.int64)
+    keeps = np.zeros(len(labels), dtype=bool)
     for start, quota in zip(starts, _quotas(sizes, fraction), strict=True):
-        rows = order[start : start + quota]
-        kept[rows] = labels[rows]
-    position = table.column_names.index("label")
-    table = table.set_column(position, "label", pa.array(kept))
+        keeps[order[start : start + quota]] = True
+    if words:
+        column = table["label"].combine_chunks()
+        keeps = np.repeat(keeps, pc.list_value_length(column).to_numpy())
+        values = np.where(keeps, pc.list_flatten(column).to_numpy(), UNLABELLED)
+        kept = _lists(pa.array(values), column)
+    else:
+        kept = pa.array(np.where(keeps, labels, UNLABELLED))
+    table = table.set_column(table.column_names.index("label"), "label", kept)
     return _dataset(table, dataset.features, dataset.split)
 
 
@@ -252,8 +264,9 @@ def encode(
     The result has `input_ids` and `attention_mask` (lists, not padded, at most `max_length`
     tokens), `token_type_ids` if the tokenizer gives them, `language_ids` (the position of the
     row's language in `languages`) and `labels` (ClassLabel, -1 = unlabelled); with `keep_text` the
-    texts too, for teachers that have a tokenizer of their own. Its fingerprint depends on the data,
-    the tokenizer and the arguments alone.
+    texts too, for teachers that have a tokenizer of their own. Of words, `labels` has an entry for each token: a word's
+    label at its first token, -100 at the others and at special tokens. Its fingerprint depends on the data, the
+    tokenizer and the arguments alone.
 
     Raises ValueError for a language that is not in `languages` (with the counts found) and for a
     `max_length` that the tokenizer does not allow.
@@ -279,6 +292,9 @@ def encode(
             f"rows per language: {found}; languages={list(languages)}"
         )
     pair = "text_pair" in dataset.column_names
+    words = isinstance(dataset.features["text"], datasets.List)
+    if words and (keep_text or not tokenizer.is_fast):
+        raise ValueError("labels of words need a fast tokenizer, the same one for student and teachers (no keep_text)")
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if not special < max_length <= tokenizer.model_max_length:
         raise ValueError(
@@ -289,12 +305,11 @@ def encode(
 
     def batch_ids(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pairs = list(batch["text_pair"]) if pair else None
-        ids = tokenizer(list(batch["text"]), pairs, truncation=True, max_length=max_length)
-        return {
-            **ids,
-            "language_ids": [language_ids[code] for code in batch["language"]],
-            "labels": list(batch["label"]),
-        }
+        ids = tokenizer(list(batch["text"]), pairs, truncation=True, max_length=max_length, is_split_into_words=words)
+        labels = list(batch["label"])
+        if words:
+            labels = [_token_labels(ids.word_ids(row), values) for row, values in enumerate(labels)]
+        return {**ids, "language_ids": [language_ids[code] for code in batch["language"]], "labels": labels}
 
     texts = ["text", "text_pair"] if pair else ["text"]
     features = Features({"input_ids": datasets.List(Value("int32"))})
@@ -302,7 +317,7 @@ def encode(
         if name in ("attention_mask", "token_type_ids"):
             features[name] = datasets.List(Value("int8"))
     features["language_ids"] = Value("int64")
-    features["labels"] = dataset.features["label"]
+    features["labels"] = datasets.List(Value("int64")) if words else dataset.features["label"]
     if keep_text:
         features.update({name: dataset.features[name] for name in texts})
     return dataset.map(
@@ -323,12 +338,18 @@ def encode(
     )
 
 
+def _token_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """A label for each token: its word's at the first of the word, IGNORED elsewhere."""
+    first = [word is not None and word != before for word, before in zip(word_ids, [None, *word_ids], strict=False)]
+    return [labels[cast(int, word)] if begins else IGNORED for word, begins in zip(word_ids, first, strict=True)]
+
+
 class DistillationCollator:
     """Pads encoded rows into a batch.
 
-    The batch holds int64 tensors: `input_ids`, `attention_mask` (and `token_type_ids`) [N, T],
-    `language_ids` and `labels` [N]; with `keep_text` also `text` (and `text_pair`), lists of N
-    strings. T is the longest row, or the next multiple of `pad_to_multiple_of`.
+    The batch holds int64 tensors: `input_ids`, `attention_mask` (and `token_type_ids`) [N, T], `language_ids` [N] and
+    `labels` [N], or [N, T] with -100 at the padding if they are of tokens; with `keep_text` also `text` (and
+    `text_pair`), lists of N strings. T is the longest row, or the next multiple of `pad_to_multiple_of`.
     """
 
     def __init__(
@@ -347,8 +368,14 @@ class DistillationCollator:
                 "encode the data with keep_text=True"
             )
         texts = ("text", "text_pair")
-        ids = [{name: row[name] for name in row if name not in texts} for row in rows]
+        of_tokens = np.ndim(rows[0].get("labels", 0)) > 0
+        left_out = (*texts, "labels") if of_tokens else texts
+        ids = [{name: row[name] for name in row if name not in left_out} for row in rows]
         batch: dict[str, Any] = {name: value.to(torch.int64) for name, value in self._pad(ids).items()}
+        if of_tokens:
+            labels = torch.full(batch["input_ids"].shape, IGNORED)
+            labels[batch["attention_mask"].bool()] = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+            batch["labels"] = labels
         if self.keep_text:
             batch.update({name: [row[name] for row in rows] for name in texts if name in rows[0]})
         return batch
@@ -392,6 +419,7 @@ def _class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
     if b"huggingface" not in (schema.metadata or {}):
         return None
     feature = Features.from_arrow_schema(schema).get(column)
+    feature = getattr(feature, "feature", feature)
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
@@ -431,7 +459,11 @@ def _standard_part(part: Part, chosen: _Columns) -> tuple[pa.Table, str]:
         columns = {name: table[source] for name, source in sources.items()}
         columns["language"] = _language_column(part, chosen)
         kind = "one row per text"
-    for name in (*sources, "language"):
+    words = pair is None and _is_list(columns["text"].type)
+    if words:
+        kind = "one row per list of words"
+        columns["text"] = _checked_words(columns["text"], text, origin)
+    for name in (*(() if words else sources), "language"):
         column = columns[name]
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             raise ValueError(f"{origin}: column {sources.get(name, chosen.language)!r} holds {column.type}, not text")
@@ -444,6 +476,11 @@ def _standard_part(part: Part, chosen: _Columns) -> tuple[pa.Table, str]:
         columns[name] = column.cast(pa.large_string())
     if chosen.label is not None:
         columns["label"] = table[chosen.label].take(rows)
+        if _is_list(columns["label"].type) != words:
+            shown = f"{chosen.label!r} holds {columns['label'].type}, column {text!r} {table[text].type}"
+            raise ValueError(f"{origin}: column {shown}: either both hold lists, of words and of their labels, or none")
+        if words:
+            columns["label"] = _checked_word_labels(columns["label"], columns["text"], chosen.label, origin)
     else:
         columns["label"] = pa.nulls(len(rows), pa.int64())
     for name in chosen.extra:
@@ -451,6 +488,45 @@ def _standard_part(part: Part, chosen: _Columns) -> tuple[pa.Table, str]:
             raise ValueError(f"keep={name!r} would replace the standard column of this name")
         columns[name] = table[name].take(rows)
     return pa.table(columns), f"{kind}, columns {sorted(sources)}"
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _lists(values: pa.Array, like: pa.Array) -> pa.Array:
+    """The values in lists of the same lengths."""
+    ends = np.cumsum(pc.list_value_length(like).to_numpy())
+    return pa.LargeListArray.from_arrays(pa.array(np.concatenate([[0], ends])), values)
+
+
+def _checked_words(column: pa.ChunkedArray, name: str, origin: str) -> pa.Array:
+    """Lists of words as one array, none of them empty."""
+    kind = column.type.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{origin}: column {name!r} holds lists of {kind}, not of words")
+    words = column.combine_chunks().cast(pa.large_list(pa.large_string()))
+    lengths = pc.list_value_length(words).fill_null(0).to_numpy()
+    wrong = lengths == 0
+    wrong[pc.list_parent_indices(words).filter(pc.list_flatten(words).is_null())] = True
+    if wrong.any():
+        raise ValueError(f"{origin}: column {name!r} has no word, or an empty one, in row {np.argmax(wrong)}")
+    return words
+
+
+def _checked_word_labels(column: pa.ChunkedArray, words: pa.Array, name: str, origin: str) -> pa.Array:
+    """A label, or null, for each word; rows without a list get nulls."""
+    labels = column.combine_chunks()
+    lengths = pc.list_value_length(words).to_numpy()
+    there = labels.is_valid().to_numpy(zero_copy_only=False)
+    found = pc.list_value_length(labels).fill_null(0).to_numpy()
+    if (found != lengths)[there].any():
+        row = int(np.argmax(there & (found != lengths)))
+        raise ValueError(f"{origin}: row {row} has {lengths[row]} words and {found[row]} labels in column {name!r}")
+    # Where each word's label lies among those that are there.
+    place = np.cumsum(np.repeat(there, lengths)) - 1
+    flat = pc.list_flatten(labels).take(pa.array(place, mask=~np.repeat(there, lengths)))
+    return _lists(flat, words)
 
 
 def _language_column(part: Part, chosen: _Columns) -> pa.ChunkedArray | pa.Array:
@@ -555,7 +631,33 @@ def _with_labels(
     label_names: Sequence[str] | None,
     extra: Sequence[str],
 ) -> DatasetDict:
-    columns = {split: _clean_labels(table["label"], split) for split, table in tables.items()}
+    listed = {split: table["label"].combine_chunks() for split, table in tables.items()}
+    words = any(_is_list(column.type) for column in listed.values())
+    flat = {split: pc.list_flatten(column) if words else column for split, column in listed.items()}
+    ids, names = _label_ids(flat, own_names, label_names)
+    result = DatasetDict()
+    for split, table in tables.items():
+        label = ids[split].cast(pa.int64()).fill_null(UNLABELLED)
+        if words:
+            label = _lists(label, listed[split])
+        texts = ["text", "text_pair"] if "text_pair" in table.column_names else ["text"]
+        data = {name: table[name] for name in texts}
+        data |= {"label": label, "language": table["language"]}
+        features = Features({name: datasets.List(Value("string")) if words else Value("string") for name in texts})
+        features["label"] = datasets.List(ClassLabel(names=names)) if words else ClassLabel(names=names)
+        features["language"] = Value("string")
+        others = table.select(list(extra))
+        features.update(Features.from_arrow_schema(others.schema))
+        data |= {name: others[name] for name in extra}
+        result[split] = _dataset(pa.table(data), features, split)
+    return result
+
+
+def _label_ids(
+    labels: Mapping[str, pa.Array], own_names: Sequence[str] | None, label_names: Sequence[str] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Class ids, null without a label, by split; and the names of the classes."""
+    columns = {split: _clean_labels(column, split) for split, column in labels.items()}
     is_text = {
         split: pa.types.is_large_string(column.type)
         for split, column in columns.items()
@@ -606,20 +708,7 @@ def _with_labels(
             columns = {
                 split: position.take(pc.if_else(pc.less(column, 0), None, column)) for split, column in columns.items()
             }
-    result = DatasetDict()
-    for split, table in tables.items():
-        label = columns[split].cast(pa.int64()).fill_null(UNLABELLED)
-        texts = ["text", "text_pair"] if "text_pair" in table.column_names else ["text"]
-        data = {name: table[name] for name in texts}
-        data |= {"label": label, "language": table["language"]}
-        features = Features({name: Value("string") for name in texts})
-        features["label"] = ClassLabel(names=names)
-        features["language"] = Value("string")
-        others = table.select(list(extra))
-        features.update(Features.from_arrow_schema(others.schema))
-        data |= {name: others[name] for name in extra}
-        result[split] = _dataset(pa.table(data), features, split)
-    return result
+    return columns, names
 
 
 def _clean_labels(column: pa.ChunkedArray, split: str) -> pa.ChunkedArray:
@@ -663,6 +752,12 @@ def _quotas(sizes: np.ndarray, fraction: float) -> np.ndarray:
     missing = max(0, round(float(exact.sum())) - int(quotas.sum()))
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
     return quotas
+
+
+def _most_of_each_row(column: pa.ChunkedArray) -> np.ndarray:
+    """The largest label of each list: UNLABELLED where no word has one."""
+    lengths = pc.list_value_length(column).to_numpy()
+    return np.maximum.reduceat(pc.list_flatten(column).to_numpy(), np.cumsum(lengths) - lengths)
 
 
 def _count(column: pa.ChunkedArray) -> dict[str, int]:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, List
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -51,7 +51,14 @@ from amtss_fast.precision import Answers, ask, changes
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
 from amtss_fast.teachers import PRECISIONS, TASK_MODELS, Teacher, TeacherPool, load_teacher
-from amtss_fast.tokens import LanguageModelCollator, TokenTask, TokenTeachers, teacher_scores, token_metrics
+from amtss_fast.tokens import (
+    LANGUAGE_MODELS,
+    LanguageModelCollator,
+    TokenTask,
+    TokenTeachers,
+    teacher_scores,
+    token_metrics,
+)
 from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
 _PLAN = "memory.json"
@@ -70,7 +77,7 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
         ValueError: `resume` with another configuration; and what the data, the models and the loss find wrong.
     """
     folder = Path(config.output_dir)
-    run = (_Run if config.task == "sequence-classification" else _LanguageModelRun)(config, folder, resume)
+    run = _KINDS.get(config.task, _LanguageModelRun)(config, folder, resume)
     # Wrong training arguments show before anything is written.
     for teacher in config.teachers:
         run.teacher_arguments(teacher)
@@ -326,6 +333,8 @@ class _Run:
             return load_tokenizer(path)
         train = self.data["train"]
         texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
+        # Lists of words are read one word at a time.
+        texts = [word for text in texts for word in ([text] if isinstance(text, str) else text)]
         return train_tokenizer(texts, self.config.tokenizer.vocab_size, mask=self.config.task == "masked-lm")
 
     def _load(self, folder: str | Path) -> Any:
@@ -688,7 +697,67 @@ class _Run:
         write_atomically(self.folder / "log.jsonl", "\n".join(lines) + "\n")
 
 
-class _LanguageModelRun(_Run):
+class _TokenRun(_Run):
+    """A run whose models answer at each token: classifiers of tokens."""
+
+    @property
+    def label_names(self) -> list[str]:
+        label = self.data["train"].features["label"]
+        if not isinstance(label, List):
+            raise ValueError(
+                "task 'token-classification' needs lists of words and of their labels, the data has one label per "
+                "text; name the columns with data.text and data.label"
+            )
+        return list(label.feature.names)
+
+    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TokenTeachers:
+        return TokenTeachers(
+            [self._teacher(teacher) for teacher in teachers or self.config.teachers],
+            task=self.config.task,
+            languages=self.languages,
+            tokenizer=self.tokenizer,
+            label_names=self.label_names,
+        )
+
+    @property
+    def _labels(self) -> dict[str, Any]:
+        """What a model's configuration says about its outputs."""
+        names = self.label_names
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+    def _load(self, folder: str | Path) -> PreTrainedModel:
+        model, info = TASK_MODELS[self.config.task].from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"{folder} lacks weights of a {type(model).__name__}: {sorted(info['missing_keys'])}")
+        return cast(PreTrainedModel, model)
+
+    def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> PreTrainedModel:
+        encoder = self._encoder(model)
+        kind = TASK_MODELS[self.config.task]
+        if isinstance(encoder, str):
+            # A pretrained encoder gets a new classifier.
+            pretrained: PreTrainedModel = kind.from_pretrained(
+                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **self._labels
+            )
+            return pretrained
+        for name, value in self._labels.items():
+            setattr(encoder, name, value)
+        fresh: PreTrainedModel = kind.from_config(encoder)
+        return fresh
+
+    @property
+    def _labelled_data(self) -> DatasetDict:
+        data = DatasetDict(self._student_data)
+        data["train"] = data["train"].filter(lambda labels: max(labels) >= 0, input_columns="label")
+        return data
+
+    def _scores(self, rows: Dataset, students: dict[str, Any], pool: Any) -> dict[str, Any]:
+        return evaluate_tokens(rows, self._collator(False), students, self.config.task, self.languages, pool)
+
+
+class _LanguageModelRun(_TokenRun):
     """A run of masked or causal language models: every text teaches, and accuracy is that of predicted tokens."""
 
     @property
@@ -698,14 +767,6 @@ class _LanguageModelRun(_Run):
     def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TokenTeachers:
         loaded = [self._teacher(teacher) for teacher in teachers or self.config.teachers]
         return TokenTeachers(loaded, task=self.config.task, languages=self.languages, tokenizer=self.tokenizer)
-
-    def _load(self, folder: str | Path) -> PreTrainedModel:
-        model, info = TASK_MODELS[self.config.task].from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError(f"{folder} lacks weights of a {type(model).__name__}: {sorted(info['missing_keys'])}")
-        return cast(PreTrainedModel, model)
 
     def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> PreTrainedModel:
         encoder = self._encoder(model)
@@ -737,8 +798,8 @@ class _LanguageModelRun(_Run):
             seed=self.config.seed,
         )
 
-    def _scores(self, rows: Dataset, students: dict[str, Any], pool: Any) -> dict[str, Any]:
-        return evaluate_tokens(rows, self._collator(False), students, self.config.task, self.languages, pool)
+
+_KINDS: dict[str, type[_Run]] = {"sequence-classification": _Run, "token-classification": _TokenRun}
 
 
 def load_run_data(config: RunConfig) -> DatasetDict:
@@ -747,7 +808,7 @@ def load_run_data(config: RunConfig) -> DatasetDict:
     if options["revision"] is None:
         del options["revision"]
     del options["mask_probability"]
-    if config.task != "sequence-classification" and options["label"] is None:
+    if config.task in LANGUAGE_MODELS and options["label"] is None:
         # A table without labels wants names for them, which nobody looks at.
         options["label_names"] = ["text"]
     data = load_data(options.pop("name"), **options)

@@ -332,17 +332,7 @@ class LanguageModelCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
         inputs, labels = zip(*map(self._mask, ids), strict=True) if self._masks else (ids, ids)
-        batch = self._pad(
-            [
-                {**{name: v for name, v in row.items() if name != "labels"}, "input_ids": x}
-                for row, x in zip(rows, inputs, strict=True)
-            ]
-        )
-        padded = torch.full(batch["input_ids"].shape, IGNORE_INDEX)
-        attended = batch["attention_mask"].bool()
-        for row, mask, row_labels in zip(padded, attended, labels, strict=True):
-            row[mask] = torch.from_numpy(row_labels[: int(mask.sum())])
-        return {**batch, "labels": padded}
+        return self._pad([{**row, "input_ids": x, "labels": y} for row, x, y in zip(rows, inputs, labels, strict=True)])
 
     def _mask(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([self._seed, self.epoch, zlib.crc32(ids.tobytes())])

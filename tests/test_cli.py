@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import pipeline
 
 from amtss_fast.cli import main
 from amtss_fast.config import load_config
@@ -97,13 +99,53 @@ def test_language_models(tmp_path: Path, task: str, capsys: pytest.CaptureFixtur
     assert "predict is for classifiers" in capsys.readouterr().err
 
 
+def test_token_classification(tmp_path: Path) -> None:
+    """A word's label is its kind; half of the sentences of each language lose theirs."""
+    words = {
+        "en": {"article": ["the", "a"], "adjective": ["red", "old", "big"], "noun": ["fox", "house", "cat", "tree"]},
+        "sw": {"noun": ["paka", "nyumba", "mti"], "adjective": ["mwekundu", "mzee", "mkubwa"]},
+    }
+    rng = random.Random(0)
+    for split, n in (("train", 256), ("test", 40)):
+        lines = []
+        for i in range(n):
+            code = ("en", "sw")[i % 2]
+            labels = list(words[code])
+            row = {"tokens": [rng.choice(words[code][label]) for label in labels], "tags": labels, "language": code}
+            lines.append(json.dumps(row) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    folder = tmp_path / "run"
+    data = [f"name={tmp_path}/*.jsonl", "text=tokens", "label=tags", "labelled_fraction=0.5"]
+    longer = [f"{section}.max_steps=30" for section in ("training", "teacher_training")]
+    off = ("importance_temperature", "gap_temperature", "max_steps", "data.")
+    options = [o for o in SHORT if not any(name in o for name in off)]
+    settings = [*options, *longer, *(f"data.{o}" for o in data), "labels_only=true", "data.languages=[en, sw]"]
+    assert main(["--trace", "train", "masked-lm", "task=token-classification", f"output_dir={folder}", *settings]) == 0
+    metrics = read(folder / "metrics.json")
+    assert metrics["label_names"] == ["adjective", "article", "noun"]
+    results = metrics["test"]
+    assert set(results) == {"student", "labels only", "teacher:west", "teacher:east", "teacher:south"}
+    # Words are counted, not their pieces.
+    assert results["student"]["per_language"]["en"]["count"] == 60
+    assert results["student"]["per_language"]["sw"]["count"] == 40
+    assert results["student"]["accuracy"] > 0.95
+    assert results["teacher:south"]["accuracy"] > 0.95
+    student = pipeline("token-classification", str(folder / "student"))
+    assert [found["entity"] for found in student("the red fox")] == ["article", "adjective", "noun"]
+
+
 def test_settings_that_a_task_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "masked-lm", "student.pooling=cls"]) == 2
     assert "task 'masked-lm' has no use for pooling" in capsys.readouterr().err
     assert main(["train", "masked-lm", "teacher_cache.path=runs/cache"]) == 2
     assert "teacher_cache is for sequence-classification, not for task 'masked-lm'" in capsys.readouterr().err
     assert main(["train", "masked-lm", "task=summary"]) == 2
-    assert "Input should be 'sequence-classification', 'masked-lm' or 'causal-lm'" in capsys.readouterr().err
+    expected = "Input should be 'sequence-classification', 'token-classification', 'masked-lm' or 'causal-lm'"
+    assert expected in capsys.readouterr().err
+    assert main(["train", "masked-lm", "data.labelled_fraction=0.5"]) == 2
+    assert "data.labelled_fraction hides labels, task 'masked-lm' has none; got 0.5" in capsys.readouterr().err
+    assert main(["train", "masked-lm", "task=token-classification"]) == 2
+    assert "needs lists of words and of their labels, the data has one label per text" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten_by_accident(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
