@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tiny import tiny_bert_config, tiny_tokenizer
+from tiny import tiny_bert_config, tiny_tokenizer, weights, weights_of_two_processes
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -332,10 +329,6 @@ def make_trainer(folder: Path, task: str = "masked-lm", **options: Any) -> AMTSS
     )
 
 
-def weights(trainer: AMTSSTrainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
 @pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
 def test_a_step_is_the_mean_over_its_target_tokens(tmp_path: Path, task: str) -> None:
     whole = make_trainer(tmp_path / "1", task)
@@ -362,29 +355,14 @@ def test_a_step_is_the_mean_over_its_target_tokens(tmp_path: Path, task: str) ->
 
 
 def test_two_processes_are_one_big_batch(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import torch
-from pathlib import Path
-from test_tokens import make_trainer, weights
-trainer = make_trainer(Path({str(tmp_path / "two")!r}), per_device_train_batch_size=4, gradient_accumulation_steps=2)
-trainer.train()
-assert trainer.args.world_size == 2
-if trainer.is_world_process_zero():
-    torch.save(weights(trainer), {str(tmp_path / "weights.pt")!r})
-"""
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    options = "per_device_train_batch_size=4, gradient_accumulation_steps=2"
+    two = weights_of_two_processes(tmp_path, "test_tokens", f"make_trainer({tmp_path / 'two'!r}, {options})")
     one = make_trainer(tmp_path / "one")
     start = weights(one)
     one.train()
     moved = (weights(one) - start).norm()
     assert moved > 1e-2
-    assert (weights(one) - torch.load(tmp_path / "weights.pt", weights_only=True)).norm() < 1e-5 * moved
+    assert (weights(one) - two).norm() < 1e-5 * moved
 
 
 def test_students_of_another_task_are_refused(tmp_path: Path) -> None:

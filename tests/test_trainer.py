@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from tiny import LABELS, tiny_bert_config, tiny_teacher, tiny_tokenizer
+from tiny import LABELS, tiny_bert_config, tiny_teacher, tiny_tokenizer, weights, weights_of_two_processes
 
 from amtss_fast.data import DistillationCollator, encode
 from amtss_fast.sampling import LanguageSampler
@@ -85,10 +82,6 @@ def make_trainer(folder: Path, teachers: list[Path] | None, dropout: float = 0.0
     )
 
 
-def weights(trainer: AMTSSTrainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
 def test_gradient_accumulation_is_one_big_batch(tmp_path: Path, teacher_folders: list[Path]) -> None:
     # SGD: Adam would turn rounding of near-zero gradients into steps of full size.
     options = {"optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, "max_grad_norm": 0.0, **ADAPTIVE}
@@ -113,30 +106,13 @@ def test_two_processes_are_one_big_batch(tmp_path: Path, teacher_folders: list[P
         "per_device_train_batch_size": 16,
         **ADAPTIVE,
     }
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import torch
-from pathlib import Path
-from test_trainer import make_trainer, weights
-teachers = [Path(p) for p in {[str(folder) for folder in teacher_folders]!r}]
-trainer = make_trainer(Path({str(tmp_path / "two")!r}), teachers, gradient_accumulation_steps=2, **{options!r} | dict(
-    per_device_train_batch_size=4))
-trainer.train()
-assert trainer.args.world_size == 2
-if trainer.is_world_process_zero():
-    torch.save(weights(trainer), {str(tmp_path / "weights.pt")!r})
-"""
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    two_options = {**options, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    make = f"make_trainer({tmp_path / 'two'!r}, {teacher_folders!r}, **{two_options!r})"
+    two = weights_of_two_processes(tmp_path, "test_trainer", make)
     one = make_trainer(tmp_path / "one", teacher_folders, **options)
     start = weights(one)
     one.train()
     moved = (weights(one) - start).norm()
-    two = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert moved > 1e-2
     assert (weights(one) - two).norm() < 1e-5 * moved
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,3 +95,32 @@ def tiny_teacher(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    """All parameters of its model in one vector."""
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def weights_of_two_processes(folder: Path, module: str, trainer: str) -> torch.Tensor:
+    """The weights after training in two processes; `trainer` is an expression that makes one in a test module."""
+    script, file = folder / "train.py", folder / "weights.pt"
+    script.write_text(
+        f"""
+import torch
+from pathlib import PosixPath
+from {module} import make_trainer
+from tiny import weights
+trainer = {trainer}
+trainer.train()
+assert trainer.args.world_size == 2
+if trainer.is_world_process_zero():
+    torch.save(weights(trainer), {str(file)!r})
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    saved: torch.Tensor = torch.load(file, weights_only=True)
+    return saved
