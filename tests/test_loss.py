@@ -176,7 +176,7 @@ def test_budget_of_many_teachers(backend: str, k: int, c: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_budget_at_250002_classes(backend: str, dtype: torch.dtype) -> None:
-    case = make_case(4, 250_002, 3, dtype=dtype, special_rows=False, ce_weight=0.5, label_smoothing=0.1)
+    case = make_case(2, 250_002, 2, dtype=dtype, special_rows=False, ce_weight=0.5, label_smoothing=0.1)
     assert_within_budget(case.run(backend), case)
 
 
@@ -513,11 +513,11 @@ def test_the_loss_may_be_changed_in_place(backend: str) -> None:
 
 
 def test_same_inputs_same_bits(backend: str) -> None:
-    case = make_case(50, 301, 3, masked=True, ce_weight=0.5)
+    case = make_case(20, 301, 3, masked=True, ce_weight=0.5)
     first = case.run(backend)
     threads = torch.get_num_threads()
     try:
-        for n in (1, 2, threads):
+        for n in (threads,) if backend == "triton" else (1, 2, threads):
             torch.set_num_threads(n)
             for a, b in zip(first.parts().values(), case.run(backend).parts().values(), strict=True):
                 assert torch.equal(a, b)
