@@ -5,6 +5,7 @@
     python benchmarks/bench_loss.py --case 1024,4,5000     N, K, C and, if you like, a dtype
     python benchmarks/bench_loss.py --json FILE --csv FILE --picture FILE
     python benchmarks/bench_loss.py --results FOLDER       all three, named after the device
+    python benchmarks/bench_loss.py --grid --json FILE --resume     go on with the cases that FILE lacks
 
 Every case first checks that the rivals agree. Times are medians of interleaved runs with their quartiles. GB/s counts
 each logit read once and each gradient written once. The floor is the larger of these bytes at the speed of a copy and
@@ -107,31 +108,51 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     parser.add_argument("--results", type=Path, metavar="FOLDER")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has, and its limits")
     args = parser.parse_args()
     if args.results:
+        args.results.mkdir(parents=True, exist_ok=True)
         path = args.results / f"loss_{default_device()}"
         args.json, args.csv, args.picture = (path.with_suffix(end) for end in (".json", ".csv", ".png"))
     names = args.rivals.split(",")
     if "native" not in names:
         parser.error("--rivals must name native: the others are compared with it")
 
+    if args.resume and not args.json:
+        parser.error("--resume needs --json or --results")
+
     torch.set_num_threads(args.threads)
-    limits = measure_limits()
-    about = machine() | {"copy_gb_per_s": round(limits.bytes_per_second / 1e9, 1)}
-    if limits.exponentials_per_second is not None:
-        about["exp_g_per_s"] = round(limits.exponentials_per_second / 1e9, 1)
+    rows: list[Row] = []
+    about = machine()
+    if args.resume and args.json.exists():
+        kept = json.loads(args.json.read_text())
+        rows, before = kept["rows"], kept["machine"]
+        if changed := [key for key in about if key != "date" and about[key] != before.get(key)]:
+            parser.error(f"--resume: {args.json} is of another {', '.join(changed)}")
+        about = before
+        limits = Limits(about["copy_gb_per_s"] * 1e9, about["exp_g_per_s"] * 1e9 if "exp_g_per_s" in about else None)
+    else:
+        limits = measure_limits()
+        about["copy_gb_per_s"] = round(limits.bytes_per_second / 1e9, 1)
+        if limits.exponentials_per_second is not None:
+            about["exp_g_per_s"] = round(limits.exponentials_per_second / 1e9, 1)
     print(*(f"{key}: {value}" for key, value in about.items()), "", sep="\n")
     columns = ("rival", "median ms", "25 %", "75 %", "GB/s", "/floor", "/native", "MB")
     print(f"{'case':32}", *(f"{column:>9}" for column in columns))
-    rows: list[Row] = []
+    measured = {row["case"] for row in rows}
     for case in args.case or (grid() if args.grid else NAMED):
+        if str(case) in measured:
+            continue
         for row in bench(case, names, limits, args.seconds):
             rows.append(row)
             figures = (f"{value:9.3f}" for key, value in row.items() if isinstance(value, float))
             print(f"{row['case']:32} {row['rival']:>9}", *figures, flush=True)
+        if args.json:
+            # After every case and in one piece, so that a run that was stopped can be resumed.
+            unfinished = args.json.with_suffix(".tmp")
+            unfinished.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+            unfinished.replace(args.json)
 
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     if args.picture:
         draw(rows, about, args.picture)
     if args.csv:

@@ -26,6 +26,14 @@ def test_bench_loss(tmp_path: Path) -> None:
     assert all(row["median_ms"] > 0 for row in figures["rows"])
     assert {"date", "cpu", "torch"} <= set(figures["machine"])
 
+    again = [*command, "--json", str(file), "--resume", "--case", "32,2,3"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads(file.read_text())
+    assert resumed["machine"] == figures["machine"]
+    assert resumed["rows"][:2] == figures["rows"]
+    assert [row["case"] for row in resumed["rows"][2:]] == ["N=32 K=2 C=3 float32"] * 2
+
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 def test_bench_loss_on_a_gpu_that_is_none(tmp_path: Path) -> None:
