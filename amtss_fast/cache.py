@@ -294,6 +294,10 @@ class CachedTeachers:
         mask = self.teaches.to(device)[:, language_ids]
         return [self._read(parts, rows).to(device) for parts in self._logits], mask
 
+    def ask(self, batch: Mapping[str, Any]) -> Callable[[], tuple[list[Tensor | QuantizedLogits], Tensor]]:
+        """As :meth:`TeacherPool.ask`: they are read when the function is called."""
+        return lambda: self.logits(batch)
+
     @staticmethod
     def _read(parts: Sequence[CachedLogits], rows: Tensor) -> Tensor | QuantizedLogits:
         # The rows of a batch are all of one split.

@@ -129,6 +129,8 @@ class RunConfig(_Section):
     teachers: list[TeacherConfig] = Field(min_length=1)
     """At least one; their names differ."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    teachers_resident: int | None = Field(default=None, gt=0)
+    """How many teachers lie on the GPU at a time, the others waiting in the CPU's memory; default: all."""
     teacher_cache: CacheConfig | None = None
     """Train from cached logits, which `amtss-fast cache` computes; default: ask the teachers in each step."""
     memory: MemoryConfig | None = None
@@ -144,8 +146,14 @@ class RunConfig(_Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must have different names, got {names}")
-        if self.task != "sequence-classification" and self.teacher_cache is not None:
-            raise ValueError(f"teacher_cache is for sequence-classification, not for task {self.task!r}")
+        for name in ("teacher_cache", "teachers_resident"):
+            if self.task != "sequence-classification" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for sequence-classification, not for task {self.task!r}")
+        in_8_bits = [teacher.name for teacher in self.teachers if teacher.precision == "int8"]
+        if self.teachers_resident is not None and in_8_bits:
+            raise ValueError(
+                f"teachers_resident moves teachers in float32 and bfloat16, {', '.join(in_8_bits)} is in int8"
+            )
         if self.task != "sequence-classification":
             models = [self.student, *(teacher.model for teacher in self.teachers if teacher.model is not None)]
             useless = sorted(

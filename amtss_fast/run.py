@@ -83,6 +83,7 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
         run.teacher_arguments(teacher)
     # Training arguments that are asked for their device set up the processes of a distributed run.
     run.arguments(STUDENT, config.training).device  # noqa: B018
+    run._turns(len(config.teachers))
     state = PartialState()
     if state.is_main_process:
         _prepare(folder, config, overwrite, resume)
@@ -355,7 +356,7 @@ class _Run:
             self._train_teacher(teacher, source)
         return source
 
-    def _teacher(self, teacher: TeacherConfig) -> Teacher:
+    def _teacher(self, teacher: TeacherConfig, device: torch.device | str | None = None) -> Teacher:
         return load_teacher(
             self._source(teacher),
             precision=teacher.precision,
@@ -364,7 +365,7 @@ class _Run:
             languages=teacher.languages,
             prior=teacher.prior,
             tokenizer=teacher.tokenizer,
-            device=self._device,
+            device=device or self._device,
             label_names=teacher.label_names,
             name=teacher.name,
             task=self.config.task,
@@ -375,12 +376,31 @@ class _Run:
         return self.arguments(STUDENT, self.config.training).device
 
     def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> Any:
+        teachers = teachers or self.config.teachers
+        turns = self._turns(len(teachers))
         return TeacherPool(
-            [self._teacher(teacher) for teacher in teachers or self.config.teachers],
+            # Those that take turns wait on the CPU.
+            [self._teacher(teacher, "cpu" if turns else None) for teacher in teachers],
             label_names=self.label_names,
             languages=self.languages,
             tokenizer=self.tokenizer,
+            **turns,
         )
+
+    def _turns(self, n_teachers: int) -> dict[str, Any]:
+        """What a pool has to be told where not all of its teachers may lie on the device at once.
+
+        Raises ValueError where there is no such device.
+        """
+        resident = self.config.teachers_resident
+        if resident is None or resident >= n_teachers:
+            return {}
+        if self._device.type != "cuda":
+            raise ValueError(
+                f"teachers_resident = {resident} is for GPUs, this run is on {self._device}: on a CPU there is nowhere "
+                "to move teachers to"
+            )
+        return {"resident": resident, "device": self._device}
 
     # What fewer bits change.
 

@@ -13,9 +13,9 @@ import amtss_fast.training_extra  # noqa: F401
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from amtss_fast import int8
+from amtss_fast.residence import Residence
 from amtss_fast.student import (
     AMTSSConfig,
     check_languages,
@@ -39,6 +40,8 @@ from amtss_fast.student import (
     max_input_tokens,
     normalise_label,
 )
+
+_T = TypeVar("_T")
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -176,6 +179,13 @@ class Teacher:
         """
         if batch.get("input_ids") is None:
             raise ValueError(f"teacher {self.name!r} needs input_ids, got {sorted(batch)}")
+        output, finite = self._start(batch)
+        self._check(finite)
+        # Tensors of inference mode cannot be saved for a backward pass; a copy made outside can.
+        return output.clone()
+
+    def _start(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits [N, C] and which rows of them are finite [N]; on CUDA without waiting for them."""
         inputs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
@@ -183,14 +193,14 @@ class Teacher:
         }
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             output = self._in_groups(inputs)
-            finite = output.isfinite().all(-1)
-            if not finite.all():
-                raise RuntimeError(
-                    f"teacher {self.name!r} ({self.precision}) gave logits that are not finite in "
-                    f"{int((~finite).sum())} of {len(finite)} rows"
-                )
-        # Tensors of inference mode cannot be saved for a backward pass; a copy made outside can.
-        return output.clone()
+            return output, output.isfinite().all(-1)
+
+    def _check(self, finite: Tensor) -> None:
+        if not finite.all():
+            raise RuntimeError(
+                f"teacher {self.name!r} ({self.precision}) gave logits that are not finite in "
+                f"{int((~finite).sum())} of {len(finite)} rows"
+            )
 
     def _in_groups(self, inputs: dict[str, Any]) -> Tensor:
         """On CPUs rows of like length go together, as padding costs what words cost; on CUDA all rows at once."""
@@ -393,10 +403,13 @@ class Teachers:
         teachers: K teachers with different names.
         languages: the student's languages; `language_ids` are places in it.
         tokenizer: the student's, or None.
+        resident: how many of them, less than K, lie on `device` at a time (:class:`amtss_fast.residence.Residence`);
+            they come on the CPU, in float32 or bfloat16. None: each stays where it is.
+        device: a CUDA device; with `resident`.
 
     Raises:
         ValueError: no teacher, a name twice, a teacher with a language that the student lacks or with none of its
-            languages.
+            languages; `resident` outside its range, without a CUDA device, or with a teacher in 8 bits.
     """
 
     def __init__(
@@ -404,6 +417,8 @@ class Teachers:
         teachers: Sequence[Teacher],
         languages: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None,
+        resident: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.teachers = list(teachers)
         self.languages = check_languages(languages)
@@ -424,6 +439,48 @@ class Teachers:
                     f"languages {', '.join(self.languages)}"
                 )
         self._reads_text = _need_text(self.teachers, tokenizer)
+        self._streams: dict[torch.device, Any] = {}
+        self._residence: Residence | None = None
+        if (resident is None) != (device is None):
+            raise ValueError(f"resident and device belong together, got resident={resident} and device={device}")
+        if resident is not None:
+            place = torch.device(cast(Any, device))
+            if place.type != "cuda":
+                raise ValueError(f"teachers take turns on a CUDA device, got resident={resident} with device={device}")
+            self._take_turns(place, resident)
+
+    def _take_turns(self, device: torch.device, resident: int) -> None:
+        models = [teacher.model for teacher in self.teachers]
+        self._residence = Residence(models, self.names, device, resident, self._stream(device))
+
+    def _stream(self, device: torch.device) -> Any:
+        """Where teachers work on a device: beside the student, not in its stream."""
+        if device not in self._streams:
+            self._streams[device] = torch.get_device_module(device).Stream(device)
+        return self._streams[device]
+
+    def _each(self, wanted: Sequence[int], run: Callable[[int], _T]) -> tuple[dict[int, _T], Callable[[], None]]:
+        """run(k) of each teacher in `wanted`, in its device's stream for teachers and with its weights there; and a
+        function after which the device's current stream has waited for it all.
+
+        What `run` reads on a device must live until then.
+        """
+        results = {}
+        used = set()
+        for k in wanted if self._residence is None else self._residence.turns(wanted):
+            device = self.teachers[k].device
+            stream, module = self._stream(device), torch.get_device_module(device)
+            if device not in used:
+                stream.wait_stream(module.current_stream(device))
+                used.add(device)
+            with module.stream(stream):
+                results[k] = run(k)
+
+        def wait() -> None:
+            for device in used:
+                torch.get_device_module(device).current_stream(device).wait_stream(self._stream(device))
+
+        return results, wait
 
     def __len__(self) -> int:
         return len(self.teachers)
@@ -473,10 +530,10 @@ class TeacherPool(Teachers):
         languages: the student's languages; `language_ids` are places in it.
         tokenizer: the student's. A teacher with the same tokenizer reads the student's ids; any
             other needs the texts. None: every teacher that has a tokenizer needs the texts.
+        resident, device: as of :class:`Teachers`.
 
     Raises:
-        ValueError: no teacher, a name twice, labels that do not match, a teacher with a language
-            that the student lacks or with none of its languages.
+        ValueError: as :class:`Teachers`; labels that do not match.
     """
 
     def __init__(
@@ -486,8 +543,10 @@ class TeacherPool(Teachers):
         label_names: Sequence[str],
         languages: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        resident: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(teachers, languages, tokenizer)
+        super().__init__(teachers, languages, tokenizer, resident, device)
         self.label_names = list(label_names)
         self._order = [teacher.align(self.label_names) for teacher in self.teachers]
 
@@ -509,6 +568,15 @@ class TeacherPool(Teachers):
                 teacher takes.
             RuntimeError: from a teacher whose logits are not finite.
         """
+        return self.ask(batch)()
+
+    def ask(self, batch: Mapping[str, Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Starts the teachers; the function that it returns waits for them and gives what :meth:`logits` gives.
+
+        On CUDA they run in a stream of their own, beside what is enqueued between the two calls; on
+        a CPU they are done before this returns. Raises as :meth:`logits`: here, but for logits that
+        are not finite, which only the function can see.
+        """
         language_ids = batch.get("language_ids")
         if not isinstance(language_ids, Tensor) or language_ids.dim() != 1:
             raise ValueError(f"batch['language_ids'] must be a tensor [N], got {_describe(language_ids)}")
@@ -519,21 +587,30 @@ class TeacherPool(Teachers):
                 f"{', '.join(self.languages)}; got {ids.unique().tolist()}"
             )
         mask = self.teaches[:, ids]  # [K, N]
-        device = language_ids.device
-        shape = (len(self), len(ids), len(self.label_names))
-        logits = torch.zeros(shape, dtype=torch.float32, device=device)
-        for k, teacher in enumerate(self.teachers):
-            rows = mask[k].nonzero().squeeze(1)
+        # All inputs first: what has to be known of them waits for the device.
+        inputs: dict[int, dict[str, Any]] = {}
+        places = [row.nonzero().squeeze(1) for row in mask]
+        for k, (teacher, rows) in enumerate(zip(self.teachers, places, strict=True)):
             if not len(rows):
                 continue
             taught = self._text_rows if self._reads_text[k] else self._id_rows
-            inputs = taught(teacher, batch, rows, len(ids))
+            inputs[k] = taught(teacher, batch, rows, len(ids))
             if teacher.own_languages is not None:
                 own = [teacher.own_languages.index(self.languages[i]) for i in ids[rows].tolist()]
-                inputs["language_ids"] = torch.tensor(own)
-            output = teacher.logits(**inputs)[:, self._order[k]]
-            logits[k, rows.to(device)] = output.to(device, torch.float32)
-        return logits, mask.to(device)
+                inputs[k]["language_ids"] = torch.tensor(own)
+        started, wait = self._each(list(inputs), lambda k: self.teachers[k]._start(inputs[k]))
+
+        def finish() -> tuple[Tensor, Tensor]:
+            wait()
+            inputs.clear()
+            device = language_ids.device
+            logits = torch.zeros(len(self), len(ids), len(self.label_names), dtype=torch.float32, device=device)
+            for k, (output, finite) in sorted(started.items()):
+                self.teachers[k]._check(finite)
+                logits[k, places[k].to(device)] = output[:, self._order[k]].to(device, torch.float32)
+            return logits, mask.to(device)
+
+        return finish
 
     def _text_rows(self, teacher: Teacher, batch: Mapping[str, Any], rows: Tensor, n: int) -> dict[str, Any]:
         columns: list[list[str] | None] = []

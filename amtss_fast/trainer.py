@@ -273,13 +273,15 @@ class AMTSSTrainer(Trainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         labels, language_ids = inputs["labels"], inputs["language_ids"]
         sample_weight = None
+        # The teachers start before the student: on CUDA they work beside it.
+        asked = None if self.teachers is None else cast("TeacherPool | CachedTeachers", self.teachers).ask(inputs)
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", *for_teachers)})
         student_logits = outputs.logits
-        if self.teachers is None:
+        if self.teachers is None or asked is None:
             # The loss wants a teacher; with kd_weight 0 nobody looks at it.
             teacher_logits, mask, prior = student_logits.detach().unsqueeze(0), None, None
         else:
-            teacher_logits, mask = cast("TeacherPool | CachedTeachers", self.teachers).logits(inputs)
+            teacher_logits, mask = asked()
             prior = self.teachers.prior.to(student_logits.device)
             if self.adaptive is not None:
                 prior = prior.unsqueeze(1) * self.adaptive.teacher_prior(language_ids)
