@@ -165,6 +165,15 @@ def quantize_embedding(model: PreTrainedModel) -> None:
         model.set_submodule(name, Int8Embedding(words))
 
 
+def leave_file(model: PreTrainedModel) -> None:
+    """Copies the weights that stayed as they are, where they are views of the mapped checkpoint: a single one keeps all
+    of it in memory, float32 weights that are not used any more included.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def loading_options(engine: str, device: torch.device, model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantise each layer as it is read.
 

@@ -380,6 +380,7 @@ def load_teacher(
         )
     if precision == "int8":
         int8.quantize_embedding(model)
+        int8.leave_file(model)
         precision = f"int8 ({engine})"
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(name_or_path if tokenizer is None else tokenizer)

@@ -192,7 +192,11 @@ def own_trainer(work: Work, cached: bool) -> None:
 
 
 def train_own(work: Work, pool: Any, rows: Any) -> None:
-    pool.logits = timed("data" if isinstance(pool, CachedTeachers) else "teachers", pool.logits)
+    if isinstance(pool, CachedTeachers):
+        pool.logits = timed("data", pool.logits)
+    else:
+        # On a CPU they are done when this returns.
+        vars(pool)["ask"] = timed("teachers", pool.ask)
     # The trainer looks its loss up in its module.
     module: Any = sys.modules[AMTSSTrainer.__module__]
     module.amtss_loss = timed("loss", module.amtss_loss)

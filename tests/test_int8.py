@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,17 @@ def test_loading_holds_one_float_weight_at_a_time(tmp_path: Path, monkeypatch: p
     assert len(seen) == 18
     # The one at hand, and one that the loop may not have let go yet.
     assert most <= 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_the_float_weights_are_not_kept(tmp_path: Path) -> None:
+    folder = tiny_teacher(tmp_path)
+    exact = load_teacher(folder)
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    del exact
+    gc.collect()
+    teacher = load_teacher(folder, precision="int8")
+    assert str(folder) not in Path("/proc/self/maps").read_text(), teacher
 
 
 def test_one_compilation_serves_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
