@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -104,12 +105,25 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+class Loading(NamedTuple):
+    """How the teachers are loaded."""
+
+    precision: str = AS_CONFIGURED
+    """`as configured`, `bfloat16` or `int8`."""
+    resident: int | None = None
+    """How many of them lie on the device at a time; None: as configured."""
+
+    def __str__(self) -> str:
+        return self.precision if self.resident is None else f"{self.precision}, {self.resident} at a time on the device"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a training runs with, and the peak that it is expected to reach."""
 
     precision: str
-    """Of the teachers: `as configured`, `bfloat16` or `int8`."""
+    resident: int | None
+    """Both of the teachers, see :class:`Loading`."""
     approximate: bool
     """Whether that is less than the configuration asks for: another loss, by the teachers' rounding."""
     micro_batch: int
@@ -125,7 +139,7 @@ class Plan:
     def describe(self) -> str:
         """One line for the user."""
         parts = [
-            f"teachers {self.precision}" + (" (approximate)" if self.approximate else ""),
+            f"teachers {Loading(self.precision, self.resident)}" + (" (approximate)" if self.approximate else ""),
             f"micro-batch {self.micro_batch} x {self.accumulation}",
             f"gradient checkpointing {'on' if self.checkpointing else 'off'}",
         ]
@@ -140,20 +154,21 @@ def make_plan(
     budget: int,
     batch_size: int,
     accumulation: int,
-    precisions: Sequence[str],
-    teachers: Callable[[str], AbstractContextManager[Callable[[int, bool, int], int]]],
+    loadings: Sequence[Loading],
+    teachers: Callable[[Loading], AbstractContextManager[Callable[[int, bool, int], int]]],
     chunk_rows: int | None = None,
 ) -> Plan:
     """The first plan that fits, of those that change the least.
 
     In this order: the whole batch at once; micro-batches, down to 8 rows; gradient checkpointing; smaller
-    micro-batches; then the same with the next precision of the teachers, of which all but the first are approximate.
+    micro-batches; then the same with the next way to load the teachers, approximate where its precision is another than
+    the first one's.
 
     Args:
         budget: bytes.
         batch_size: rows of a micro-batch as configured, `accumulation` of them in a step; their product is kept.
-        precisions: of the teachers, the configured one first.
-        teachers: loads them in a precision and gives the peak in bytes of a step at (micro-batch, checkpointing,
+        loadings: of the teachers, the configured one first.
+        teachers: loads them and gives the peak in bytes of a step at (micro-batch, checkpointing,
             accumulation); raises MemoryError where they alone are too large.
         chunk_rows: what the plan says about it.
 
@@ -162,17 +177,17 @@ def make_plan(
     """
     limit = int(_FILL * budget)
     least: list[int] = []
-    for precision in precisions:
+    for loading in loadings:
         try:
-            with teachers(precision) as peak:
+            with teachers(loading) as peak:
                 found = _largest(peak, batch_size, accumulation, limit, least)
         except MemoryError:
             continue
         if found is not None:
             micro_batch, checkpointing, expected = found
             return Plan(
-                precision,
-                precision != precisions[0],
+                *loading,
+                loading.precision != loadings[0].precision,
                 micro_batch,
                 accumulation * (batch_size // micro_batch),
                 checkpointing,
@@ -183,7 +198,7 @@ def make_plan(
     needed = f"; the least that was tried needs {min(least) / _FILL / 1e9:.2f} GB" if least else ""
     raise ValueError(
         f"memory.budget = {budget / 1e9:.2f} GB is too small for these models with teachers in "
-        f"{' or '.join(precisions)}{needed}"
+        f"{' or '.join(map(str, loadings))}{needed}"
     )
 
 

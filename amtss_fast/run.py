@@ -46,7 +46,18 @@ from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data
 from amtss_fast.int8 import choose_engine
 from amtss_fast.linear_ops import default_chunk_rows
 from amtss_fast.loss import amtss_loss
-from amtss_fast.memory import AS_CONFIGURED, Plan, forget_peak, give_back, make_plan, parse_budget, peak, peak_of, used
+from amtss_fast.memory import (
+    AS_CONFIGURED,
+    Loading,
+    Plan,
+    forget_peak,
+    give_back,
+    make_plan,
+    parse_budget,
+    peak,
+    peak_of,
+    used,
+)
 from amtss_fast.precision import Answers, ask, changes
 from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
@@ -219,7 +230,7 @@ class _Run:
             self.plan = self._make_plan(memory)
             self._write_plan()
         print(self.plan.describe(), flush=True)
-        self._set_teachers(self.plan.precision)
+        self._load_teachers_as(Loading(self.plan.precision, self.plan.resident))
         training = self.config.training | {
             "per_device_train_batch_size": self.plan.micro_batch,
             "gradient_accumulation_steps": self.plan.accumulation,
@@ -232,10 +243,32 @@ class _Run:
         assert self.plan is not None
         write_atomically(self.folder / _PLAN, json.dumps(asdict(self.plan), indent=1) + "\n")
 
-    def _set_teachers(self, precision: str) -> None:
-        if precision != AS_CONFIGURED:
-            teachers = [teacher.model_copy(update={"precision": precision}) for teacher in self.config.teachers]
-            self.config = self.config.model_copy(update={"teachers": teachers})
+    def _load_teachers_as(self, loading: Loading) -> None:
+        changes: dict[str, Any] = {}
+        if loading.resident is not None:
+            changes["teachers_resident"] = loading.resident
+        if loading.precision != AS_CONFIGURED:
+            precision = {"precision": loading.precision}
+            changes["teachers"] = [teacher.model_copy(update=precision) for teacher in self.config.teachers]
+        self.config = self.config.model_copy(update=changes)
+
+    def _loadings(self, memory: MemoryConfig, device: torch.device) -> list[Loading]:
+        """Ways to load the teachers, best first: taking turns on a GPU is slower, fewer bits are approximate."""
+        if self.config.teacher_cache is not None:
+            return [Loading()]
+        highest = max(PRECISIONS.index(teacher.precision) for teacher in self.config.teachers)
+        precisions = [PRECISIONS[highest], *(PRECISIONS[1 + highest :] if memory.approximate else ())]
+        turns = (
+            device.type == "cuda"
+            and self.config.task == "sequence-classification"
+            and self.config.teachers_resident is None
+            and len(self.config.teachers) > 1
+        )
+        loadings = []
+        for place, precision in enumerate(precisions):
+            name = AS_CONFIGURED if place == 0 else precision
+            loadings += [Loading(name), *([Loading(name, 1)] if turns and precision != "int8" else [])]
+        return loadings
 
     def _make_plan(self, memory: MemoryConfig) -> Plan:
         device = self._device
@@ -243,17 +276,13 @@ class _Run:
         if arguments.world_size > 1:
             raise ValueError(f"memory.budget is for one process, this run has {arguments.world_size}")
         budget = parse_budget(memory.budget, device)
-        precisions = [AS_CONFIGURED]
-        if memory.approximate and self.config.teacher_cache is None:
-            highest = max(PRECISIONS.index(teacher.precision) for teacher in self.config.teachers)
-            precisions += PRECISIONS[1 + highest :]
         chunk_rows = self._chunk_rows(budget, device)
         configured = self.config
 
         @contextmanager
-        def teachers(precision: str) -> Iterator[Callable[[int, bool, int], int]]:
+        def teachers(loading: Loading) -> Iterator[Callable[[int, bool, int], int]]:
             self.config = configured
-            self._set_teachers(precision)
+            self._load_teachers_as(loading)
             pool = self._cached_teachers() if self.config.teacher_cache is not None else self._pool()
             model = self._new_model(self.config.student, self.languages)
             if used(device) > budget:
@@ -267,7 +296,7 @@ class _Run:
                 budget,
                 arguments.per_device_train_batch_size,
                 arguments.gradient_accumulation_steps,
-                precisions,
+                self._loadings(memory, device),
                 teachers,
                 chunk_rows,
             )

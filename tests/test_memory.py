@@ -15,8 +15,9 @@ import yaml
 from tiny import tiny_bert_config
 from transformers import BertForMaskedLM
 
-from amtss_fast.memory import give_back, make_plan, parse_budget, peak_of, used
-from amtss_fast.run import train_tokenizer
+from amtss_fast.config import MemoryConfig, load_config
+from amtss_fast.memory import Loading, give_back, make_plan, parse_budget, peak_of, used
+from amtss_fast.run import _Run, train_tokenizer
 
 WORDS = ["apple", "dog", "cat", "table", "chair", "rain", "red", "under"]
 CPU = torch.device("cpu")
@@ -54,20 +55,23 @@ def test_peak_is_that_of_the_run() -> None:
     assert peak_of(lambda: None, CPU) - before < 60 * MB
 
 
+AS_IT_IS, IN_TURNS = Loading(), Loading(resident=1)
+
+
 def fake_teachers(
-    activations: float, static: dict[str, float], tried: list[tuple[str, int, bool]]
+    activations: float, static: dict[Loading, float], tried: list[tuple[Loading, int, bool]]
 ) -> Callable[[str], object]:
     """Megabytes of a step: the teachers' and those of each row, an eighth of them with checkpointing."""
 
     @contextmanager
-    def teachers(precision: str) -> Iterator[Callable[[int, bool, int], int]]:
-        if static[precision] > 1000:
+    def teachers(loading: Loading) -> Iterator[Callable[[int, bool, int], int]]:
+        if static[loading] > 1000:
             raise MemoryError
 
         def peak(micro_batch: int, checkpointing: bool, accumulation: int) -> int:
             assert micro_batch * accumulation == 64
-            tried.append((precision, micro_batch, checkpointing))
-            return int(MB * (static[precision] + activations * micro_batch / (8 if checkpointing else 1)))
+            tried.append((loading, micro_batch, checkpointing))
+            return int(MB * (static[loading] + activations * micro_batch / (8 if checkpointing else 1)))
 
         yield peak
 
@@ -77,36 +81,57 @@ def fake_teachers(
 @pytest.mark.parametrize(
     ("activations", "static", "plan"),
     [
-        (10, 200, ("as configured", 64, 1, False, False)),
-        (15, 200, ("as configured", 32, 2, False, False)),
-        (40, 200, ("as configured", 16, 4, False, False)),
-        (200, 200, ("as configured", 16, 4, True, False)),
-        (4000, 200, ("as configured", 1, 64, True, False)),
-        (10, 910, ("as configured", 8, 8, True, False)),
-        (10, 960, ("bfloat16", 32, 2, False, True)),
-        (10, 2000, ("int8", 32, 2, False, True)),
+        (10, 200, (AS_IT_IS, 64, 1, False, False)),
+        (15, 200, (AS_IT_IS, 32, 2, False, False)),
+        (40, 200, (AS_IT_IS, 16, 4, False, False)),
+        (200, 200, (AS_IT_IS, 16, 4, True, False)),
+        (4000, 200, (AS_IT_IS, 1, 64, True, False)),
+        (10, 910, (AS_IT_IS, 8, 8, True, False)),
+        (10, 960, (IN_TURNS, 32, 2, False, False)),
+        (10, 2000, (IN_TURNS, 16, 4, False, False)),
+        (10, 2900, (Loading("bfloat16", 1), 32, 2, False, True)),
+        (10, 6000, (Loading("int8"), 16, 4, False, True)),
     ],
 )
 def test_what_is_given_up_first(activations: float, static: float, plan: tuple[object, ...]) -> None:
-    tried: list[tuple[str, int, bool]] = []
-    sizes = {"as configured": static, "bfloat16": static / 2, "int8": static / 4}
+    tried: list[tuple[Loading, int, bool]] = []
+    shares = {AS_IT_IS: 1, IN_TURNS: 3, Loading("bfloat16"): 2, Loading("bfloat16", 1): 6, Loading("int8"): 8}
+    sizes = {loading: static / share for loading, share in shares.items()}
     got = make_plan(1000 * MB, 64, 1, list(sizes), fake_teachers(activations, sizes, tried), chunk_rows=7)
-    assert (got.precision, got.micro_batch, got.accumulation, got.checkpointing, got.approximate) == plan
+    found = Loading(got.precision, got.resident), got.micro_batch, got.accumulation, got.checkpointing, got.approximate
+    assert found == plan
     assert got.expected <= 920 * MB
     assert got.chunk_rows == 7
     assert ("(approximate)" in got.describe()) == got.approximate
+    assert ("1 at a time on the device" in got.describe()) == (got.resident == 1)
     # Nothing is tried that is expected not to fit, but for the first two micro-batches, which tell what to expect.
-    for precision, micro_batch, checkpointing in tried:
-        needed = sizes[precision] + activations * micro_batch / (8 if checkpointing else 1)
+    for loading, micro_batch, checkpointing in tried:
+        needed = sizes[loading] + activations * micro_batch / (8 if checkpointing else 1)
         assert needed <= 920 or micro_batch <= 2
 
 
 def test_too_small_a_budget() -> None:
-    sizes = {"as configured": 980.0, "bfloat16": 940.0}
+    sizes = {AS_IT_IS: 980.0, Loading("bfloat16"): 940.0}
     with pytest.raises(ValueError, match=r"budget = 1.00 GB is too small .* as configured or bfloat16; .* 1.02 GB"):
         make_plan(1000 * MB, 64, 1, list(sizes), fake_teachers(1, sizes, []))
     with pytest.raises(ValueError, match="too small for these models"):
-        make_plan(1000 * MB, 64, 1, ["int8"], fake_teachers(1, {"int8": 5000.0}, []))
+        make_plan(1000 * MB, 64, 1, [AS_IT_IS], fake_teachers(1, {AS_IT_IS: 5000.0}, []))
+
+
+def test_ways_to_load_the_teachers(tmp_path: Path) -> None:
+    """Taking turns is for GPUs and exact; fewer bits are approximate."""
+
+    def ways(device: str, *settings: str, approximate: bool = True) -> list[Loading]:
+        run = _Run(load_config("demo", [f"output_dir={tmp_path}", *settings]), tmp_path, False)
+        return run._loadings(MemoryConfig(budget="1GB", approximate=approximate), torch.device(device))
+
+    bfloat16, int8 = Loading("bfloat16"), Loading("int8")
+    assert ways("cpu") == [AS_IT_IS, bfloat16, int8]
+    assert ways("cuda") == [AS_IT_IS, IN_TURNS, bfloat16, Loading("bfloat16", 1), int8]
+    assert ways("cuda", approximate=False) == [AS_IT_IS, IN_TURNS]
+    assert ways("cuda", "teachers_resident=2") == [AS_IT_IS, bfloat16, int8]
+    assert ways("cuda", "teachers.0.precision=int8") == [AS_IT_IS]
+    assert ways("cuda", "teacher_cache.path=cache") == [AS_IT_IS]
 
 
 def test_a_run_keeps_its_budget_and_its_loss(tmp_path: Path) -> None:
