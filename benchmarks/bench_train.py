@@ -193,7 +193,7 @@ def own_trainer(work: Work, cached: bool) -> None:
 
 def train_own(work: Work, pool: Any, rows: Any) -> None:
     if isinstance(pool, CachedTeachers):
-        pool.logits = timed("data", pool.logits)
+        vars(pool)["logits"] = timed("data", pool.logits)
     else:
         # On a CPU they are done when this returns.
         vars(pool)["ask"] = timed("teachers", pool.ask)
