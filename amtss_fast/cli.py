@@ -208,8 +208,9 @@ def _show(folder: Path) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from amtss_fast.config import load_config
     from amtss_fast.data import encode
+    from amtss_fast.evaluation import evaluate
     from amtss_fast.report import STUDENT, format_table
-    from amtss_fast.run import evaluate, load_run_data
+    from amtss_fast.run import load_run_data
     from amtss_fast.student import AMTSSForSequenceClassification, load_tokenizer
 
     config = load_config(options.run / "config.yaml", options.overrides)

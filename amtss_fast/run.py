@@ -34,8 +34,6 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, List
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -43,6 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 from amtss_fast.cache import ROW, CachedTeachers, CacheEntry, default_format, files_digest, pool_logits
 from amtss_fast.config import CacheConfig, MemoryConfig, ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data, split_data
+from amtss_fast.evaluation import evaluate, evaluate_tokens
 from amtss_fast.int8 import choose_engine
 from amtss_fast.linear_ops import default_chunk_rows
 from amtss_fast.loss import amtss_loss
@@ -59,18 +58,15 @@ from amtss_fast.memory import (
     used,
 )
 from amtss_fast.precision import Answers, ask, changes
-from amtss_fast.report import BASELINE, STUDENT, TEACHER, write_report
+from amtss_fast.report import BASELINE, STUDENT, write_report
 from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification, load_tokenizer
 from amtss_fast.teachers import PRECISIONS, TASK_MODELS, Teacher, TeacherPool, load_teacher
 from amtss_fast.tokens import (
     LANGUAGE_MODELS,
     LanguageModelCollator,
-    TokenTask,
     TokenTeachers,
-    teacher_scores,
-    token_metrics,
 )
-from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
+from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments
 
 _PLAN = "memory.json"
 _FILES = ("config.yaml", "log.jsonl", _PLAN, "metrics.json", "report.html")
@@ -896,99 +892,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, mask: bool = False) -
         mask_token="[MASK]" if mask else None,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-@torch.inference_mode()
-def evaluate(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    students: dict[str, AMTSSForSequenceClassification],
-    pool: TeacherPool | None = None,
-    batch_size: int = 128,
-) -> dict[str, Any]:
-    """Accuracy and cross entropy per language of students, and of each teacher (`teacher:NAME`) where it teaches.
-
-    `rows`: encoded rows in the students' order of languages.
-    """
-    languages = next(iter(students.values())).config.languages
-    # Long texts first, so that a batch pads little and memory peaks at once.
-    lengths = np.array([len(ids) for ids in rows["input_ids"]])
-    rows = rows.select(np.argsort(-lengths, kind="stable"))
-    collator = DistillationCollator(tokenizer, keep_text=pool is not None and pool.needs_text)
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
-    names = [*students, *(f"{TEACHER}{name}" for name in (pool.names if pool else []))]
-    logits: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    taught: list[np.ndarray] = []
-    for student in students.values():
-        student.eval()
-    for batch in tqdm(loader, desc="Evaluating"):
-        for name, student in students.items():
-            inputs = {key: value.to(student.device) for key, value in batch.items() if key in _STUDENT_INPUTS}
-            logits[name].append(student(**inputs).logits.float().cpu().numpy())
-        if pool is not None:
-            teacher_logits, mask = pool.logits(batch)
-            taught.append(mask.cpu().numpy())
-            for name, values in zip(pool.names, teacher_logits, strict=True):
-                logits[f"{TEACHER}{name}"].append(values.cpu().numpy())
-    labels, language_ids = np.array(rows["labels"]), np.array(rows["language_ids"])
-    results = {}
-    for name in names:
-        here = np.ones(len(labels), dtype=bool)
-        if pool is not None and name.startswith(TEACHER):
-            here = np.concatenate(taught, axis=1)[pool.names.index(name.removeprefix(TEACHER))]
-        values = np.concatenate(logits[name])[here]
-        results[name] = _nested(classification_metrics(values, labels[here], language_ids[here], languages), languages)
-    return results
-
-
-@torch.inference_mode()
-def evaluate_tokens(
-    rows: Dataset,
-    collator: LanguageModelCollator,
-    students: dict[str, Any],
-    task: str,
-    languages: Sequence[str],
-    pool: TokenTeachers | None = None,
-    batch_size: int = 128,
-) -> dict[str, Any]:
-    """What :func:`evaluate` gives, over the tokens to predict."""
-    lengths = np.array([len(ids) for ids in rows["input_ids"]])
-    rows = rows.select(np.argsort(-lengths, kind="stable"))
-    tasks = {name: TokenTask(task, student.eval(), languages) for name, student in students.items()}
-    names = [*students, *(f"{TEACHER}{name}" for name in (pool.names if pool else []))]
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="Evaluating"):
-        for name, student in students.items():
-            on_device = {key: value.to(student.device) for key, value in batch.items()}
-            scores[name].append(tasks[name].scores(student, on_device).cpu().numpy())
-        if pool is not None:
-            for name, values in zip(pool.names, teacher_scores(pool, batch), strict=True):
-                scores[f"{TEACHER}{name}"].append(values.cpu().numpy())
-    ids = np.array(rows["language_ids"])
-    return {
-        name: _nested(token_metrics(np.concatenate(values), ids, languages), languages)
-        for name, values in scores.items()
-    }
-
-
-_STUDENT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "language_ids")
-
-
-def _nested(metrics: dict[str, float], languages: Sequence[str]) -> dict[str, Any]:
-    per_language = {
-        code: {name: metrics[f"{name}_{code}"] for name in ("accuracy", "gap", "loss", "count")}
-        for code in languages
-        if f"count_{code}" in metrics
-    }
-    total = sum(values["count"] for values in per_language.values())
-    loss = sum(values["loss"] * values["count"] for values in per_language.values()) / total
-    return {
-        "accuracy": metrics["accuracy"],
-        "macro_accuracy": metrics["macro_accuracy"],
-        "worst_accuracy": metrics["worst_accuracy"],
-        "loss": loss,
-        "per_language": per_language,
-    }
 
 
 def nest(entry: dict[str, Any]) -> dict[str, Any]:

@@ -43,8 +43,9 @@ from amtss_fast import AMTSSTrainer
 from amtss_fast.cache import ROW, CachedTeachers
 from amtss_fast.config import RunConfig, load_config
 from amtss_fast.data import DistillationCollator
+from amtss_fast.evaluation import evaluate
 from amtss_fast.report import STUDENT
-from amtss_fast.run import _prepare, _Run, evaluate
+from amtss_fast.run import _prepare, _Run
 
 WAYS = ("plain", "textbrewer", "int8", "cached")
 CONFIG = Path(__file__).with_suffix(".yaml")

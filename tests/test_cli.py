@@ -134,7 +134,7 @@ def test_token_classification(tmp_path: Path) -> None:
     assert [found["entity"] for found in student("the red fox")] == ["article", "adjective", "noun"]
 
 
-def test_settings_that_a_task_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_a_task_has_no_use_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "masked-lm", "student.pooling=cls"]) == 2
     assert "task 'masked-lm' has no use for pooling" in capsys.readouterr().err
     assert main(["train", "masked-lm", "teacher_cache.path=runs/cache"]) == 2
@@ -144,7 +144,7 @@ def test_settings_that_a_task_has_no_use_for(capsys: pytest.CaptureFixture[str])
     assert expected in capsys.readouterr().err
     assert main(["train", "masked-lm", "data.labelled_fraction=0.5"]) == 2
     assert "data.labelled_fraction hides labels, task 'masked-lm' has none; got 0.5" in capsys.readouterr().err
-    assert main(["train", "masked-lm", "task=token-classification"]) == 2
+    assert main(["train", "masked-lm", "task=token-classification", f"output_dir={tmp_path}"]) == 2
     assert "needs lists of words and of their labels, the data has one label per text" in capsys.readouterr().err
 
 
