@@ -1,17 +1,25 @@
 """The adaptive strategy: which teachers a language leans on, and which languages deserve more weight.
 
-Running means over training, per teacher k and language l, from what :func:`amtss_fast.amtss_loss` returns anyway:
-M[k, l], the teacher's margin, and S[l], the student's. From them::
+Running means over training, per teacher k and language l, from the margins m[k, n] of each row that
+:func:`amtss_fast.amtss_loss` returns anyway: M[k, l], the teacher's margin, S[l], the student's, and A[k, l], the
+teacher's share of the rows::
 
-    teacher importance   alpha[k, l] = max(floor, softmax over k of M[k, l] / importance_temperature), normalised
+    share of a row       a[k, n] = softmax over k of log alpha[k, l] + m[k, n] / importance_temperature
+    teacher importance   alpha[k, l] = max(floor, A[k, l]), normalised
     gap                  G[l] = max(0, sum_k alpha[k, l] M[k, l] - S[l])
     language weight      r[l] ∝ exp(G[l] / gap_temperature), clipped to [1 / max_weight, max_weight]
+
+This is expectation maximisation for the weights of a mixture, a row's evidence for a teacher being
+exp(m / importance_temperature): with `weighting="label_nll"` and temperature 1 alpha maximises the likelihood that the
+mixture sum_k alpha[k, l] p_k gives the labels (Dempster, Laird & Rubin 1977; stacked generalisation, Wolpert 1992).
+A teacher earns importance by the rows in which it is better than the others, not by its mean: of two teachers that know
+half of the classes each, both keep theirs. A starts as if each language had had one row of equal shares.
 
 r averages 1 over the rows seen so far, not over each batch, so that gradient accumulation and several processes are
 exact. The loss takes alpha as `teacher_prior` and r as `sample_weight`.
 
 Source: AMTSS (arXiv 2305.07928) names an adaptive learning strategy and teacher importance weights; its abstract fixes
-no formula, and these are this library's own.
+no formula, and their use here is this library's own.
 """
 
 from __future__ import annotations
@@ -27,6 +35,10 @@ from amtss_fast.loss import AMTSSStats
 
 # exp(-30) is no weight in float32 beside any other: a log-probability of -inf counts as this.
 _LEAST_MARGIN = -30.0
+# Rows of equal shares that stand beside those seen: nothing seen is uniform. Ten were worse in every table.
+_EQUAL_ROWS = 1.0
+# Steps of expectation maximisation over held-out rows; the importance then moves by less than 0.01.
+_START_STEPS = 50
 
 
 class AdaptiveStrategy:
@@ -41,7 +53,8 @@ class AdaptiveStrategy:
     Args:
         n_teachers: K.
         n_languages: L; `language_ids` are in [0, L).
-        importance_temperature: > 0; small leans on the best teacher, inf is uniform. None: off, importance exactly 1.
+        importance_temperature: > 0; small goes by which teacher is best in each row, inf is uniform. None: off,
+            importance exactly 1.
         gap_temperature: > 0; small favours the languages that lag behind, inf is uniform. None: off, weights exactly 1.
         floor: in [0, 1 / K]: the least share of a teacher before normalisation, so that none starves.
         max_weight: >= 1, bounds the language weights.
@@ -82,12 +95,13 @@ class AdaptiveStrategy:
         self.max_weight = max_weight
         self.memory = memory
         self.process_group = process_group
+        self._shares = torch.zeros(n_teachers, n_languages)
         # K teachers, then the student: means of margins, and the rows that they stand on, at most `memory`.
         self._means = torch.zeros(n_teachers + 1, n_languages)
         self._counts = torch.zeros(n_teachers + 1, n_languages)
         # Rows of each language since the start; float32 stops counting at 2**24.
         self._rows = torch.zeros(n_languages, dtype=torch.float64)
-        # Sums since the last step: margins of teachers and student, then their numbers of rows.
+        # Sums since the last step: margins of teachers and student, their numbers of rows, shares of the teachers.
         self._pending: Tensor | None = None
         self._cache: tuple[Tensor, Tensor] | None = None
 
@@ -112,7 +126,7 @@ class AdaptiveStrategy:
             ValueError: a shape that does not fit.
         """
         margins = torch.cat([stats.margins, stats.student_margin.unsqueeze(0)])
-        self._note(margins, language_ids, teacher_mask, row_mask, student=True)
+        self._note(*self._rows_of(margins, language_ids, teacher_mask, row_mask))
 
     def start(
         self,
@@ -122,25 +136,33 @@ class AdaptiveStrategy:
         teacher_mask: Tensor | None = None,
         row_mask: Tensor | None = None,
     ) -> None:
-        """Takes margins [K, N] of held-out rows as the teachers' first running means, like an :meth:`update` of
-        theirs alone. Every process gives its own rows; :meth:`step` adds them up.
+        """Takes margins [K, N] of held-out rows as the teachers' first running means; the shares are iterated until
+        they stay as they are. Give all rows in one call, in one process; :meth:`step` tells the others.
         """
         padded = torch.cat([margins, margins.new_zeros(1, margins.shape[-1])]) if margins.dim() == 2 else margins
-        self._note(padded, language_ids, teacher_mask, row_mask, student=False)
+        values, counts, one_hot = self._rows_of(padded, language_ids, teacher_mask, row_mask)
+        counts[-1] = False
+        alpha = self._teacher_weights().to(values.device)
+        rows = counts[:-1].float() @ one_hot
+        for _ in range(_START_STEPS):
+            shares = self._shares_of_rows(values, counts, one_hot, alpha)
+            alpha = self._normalised(shares @ one_hot, rows)
+        self._note(values, counts, one_hot, alpha)
 
     def step(self) -> None:
         """Takes in what :meth:`update` noted, over all processes; call it in each of them after an optimiser step."""
         device = self._means.device if self._pending is None else self._pending.device
-        shape = (2 * (self.n_teachers + 1), self.n_languages)
+        shape = (3 * self.n_teachers + 2, self.n_languages)
         pending = torch.zeros(shape, device=device) if self._pending is None else self._pending
         self._pending = None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(pending, group=self.process_group)
-        sums, counts = pending.chunk(2)
+        sums, counts, shares = pending.split([self.n_teachers + 1, self.n_teachers + 1, self.n_teachers])
         self._to(device)
         total = self._counts + counts
         means = (self._means * self._counts + sums) / total.clamp(min=1)
         self._means = torch.where(counts > 0, means, self._means)
+        self._shares = (self._shares * self._counts[:-1] + shares) / total[:-1].clamp(min=1)
         self._counts = total.clamp(max=self.memory)
         self._rows = self._rows + counts[-1]
         self._cache = None
@@ -179,8 +201,8 @@ class AdaptiveStrategy:
         return self._weights()[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`means` and `counts` [K + 1, L] (teachers, then the student) and `rows` [L], on the CPU."""
-        state = {"means": self._means, "counts": self._counts, "rows": self._rows}
+        """`means` and `counts` [K + 1, L] (teachers, then the student), `shares` [K, L] and `rows` [L], on the CPU."""
+        state = {"means": self._means, "counts": self._counts, "shares": self._shares, "rows": self._rows}
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -198,14 +220,15 @@ class AdaptiveStrategy:
                     f"state[{name!r}] has shape {list(state[name].shape)}, {self.n_teachers} teachers and "
                     f"{self.n_languages} languages need {list(value.shape)}"
                 )
-        self._means, self._counts, self._rows = (
-            state[name].to(self._means.device, own[name].dtype, copy=True) for name in ("means", "counts", "rows")
+        self._means, self._counts, self._shares, self._rows = (
+            state[name].to(self._means.device, own[name].dtype, copy=True) for name in own
         )
         self._pending = self._cache = None
 
-    def _note(
-        self, margins: Tensor, language_ids: Tensor, teacher_mask: Tensor | None, row_mask: Tensor | None, student: bool
-    ) -> None:
+    def _rows_of(
+        self, margins: Tensor, language_ids: Tensor, teacher_mask: Tensor | None, row_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Margins [K + 1, N], 0 where they do not count; which count [K + 1, N]; the languages one-hot [N, L]."""
         n_rows = len(language_ids)
         if margins.shape != (self.n_teachers + 1, n_rows):
             raise ValueError(
@@ -217,13 +240,26 @@ class AdaptiveStrategy:
             counts[:-1] &= _shaped("teacher_mask", teacher_mask, (self.n_teachers, n_rows))
         if row_mask is not None:
             counts &= _shaped("row_mask", row_mask, (n_rows,))
-        if not student:
-            counts[-1] = False
         # A product with one-hot rows adds up in a fixed order, which index_add_ on a GPU does not.
-        one_hot = torch.nn.functional.one_hot(language_ids, self.n_languages).to(torch.float32)  # [N, L]
-        values = margins.detach().float().clamp(min=_LEAST_MARGIN).where(counts, 0.0)
-        sums = torch.cat([values, counts.float()]) @ one_hot
+        one_hot = torch.nn.functional.one_hot(language_ids, self.n_languages).to(torch.float32)
+        return margins.detach().float().clamp(min=_LEAST_MARGIN).where(counts, 0.0), counts, one_hot
+
+    def _note(self, values: Tensor, counts: Tensor, one_hot: Tensor, alpha: Tensor | None = None) -> None:
+        alpha = self._teacher_weights().to(values.device) if alpha is None else alpha
+        shares = self._shares_of_rows(values, counts, one_hot, alpha)
+        sums = torch.cat([values, counts.float(), shares]) @ one_hot
         self._pending = sums if self._pending is None else self._pending + sums
+
+    def _shares_of_rows(self, values: Tensor, counts: Tensor, one_hot: Tensor, alpha: Tensor) -> Tensor:
+        """[K, N]: each teacher's share of the rows; those of a row add up to 1 over the teachers that count."""
+        temperature = math.inf if self.importance_temperature is None else self.importance_temperature
+        evidence = alpha.log() @ one_hot.T + values[:-1] / temperature
+        return torch.where(counts[:-1], evidence.where(counts[:-1], -math.inf).softmax(0), 0.0)
+
+    def _normalised(self, shares: Tensor, rows: Tensor) -> Tensor:
+        """[K, L] alpha from sums of shares and numbers of rows."""
+        alpha = ((shares + _EQUAL_ROWS / self.n_teachers) / (rows + _EQUAL_ROWS)).clamp(min=self.floor)
+        return alpha / alpha.sum(0)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         if self._cache is None:
@@ -233,13 +269,10 @@ class AdaptiveStrategy:
         return self._cache
 
     def _teacher_weights(self) -> Tensor:
-        """[K, L] alpha, uniform when it is off; teachers of whom nothing is known count as the mean of the others."""
-        known = self.teacher_rows > 0
-        mean = (self.teacher_margin * known).sum(0) / known.sum(0).clamp(min=1)
-        margins = torch.where(known, self.teacher_margin, mean)
-        temperature = math.inf if self.importance_temperature is None else self.importance_temperature
-        share = (margins / temperature).softmax(0).clamp(min=self.floor)
-        return share / share.sum(0)
+        """[K, L] alpha, uniform when it is off."""
+        if self.importance_temperature is None:
+            return torch.full_like(self._shares, 1 / self.n_teachers)
+        return self._normalised(self._shares * self.teacher_rows, self.teacher_rows)
 
     def _language_weights(self, alpha: Tensor) -> Tensor:
         ones = torch.ones_like(self._means[-1])
@@ -260,7 +293,9 @@ class AdaptiveStrategy:
         return torch.where(known, weight, ones)
 
     def _to(self, device: torch.device) -> None:
-        self._means, self._counts, self._rows = (t.to(device) for t in (self._means, self._counts, self._rows))
+        self._means, self._counts, self._shares, self._rows = (
+            t.to(device) for t in (self._means, self._counts, self._shares, self._rows)
+        )
 
 
 def check_adaptive_options(importance_temperature: float | None, gap_temperature: float | None) -> None:
