@@ -32,35 +32,38 @@ def batch(n: int = 64, seed: int = 0, **options: Any) -> tuple[AMTSSStats, Tenso
 
 def by_hand(batches: list[Any], **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Importance [K, L] and language weights [L] after these batches, in plain loops over plain means."""
+    temperature, floor = options.get("importance_temperature", math.inf), options.get("floor", 0.01)
     sums: dict[tuple[int, int], list[float]] = {}
+    shares: dict[tuple[int, int], list[float]] = {}
+    alpha = np.full((K, L), 1 / K)
     for stats, ids, mask, counts in batches:
         for n in range(len(ids)):
             if not counts[n]:
                 continue
-            sums.setdefault((K, int(ids[n])), []).append(float(stats.student_margin[n]))
-            for k in range(K):
-                if mask[k, n]:
-                    sums.setdefault((k, int(ids[n])), []).append(float(stats.margins[k, n]))
+            code, taught = int(ids[n]), [k for k in range(K) if mask[k, n]]
+            sums.setdefault((K, code), []).append(float(stats.student_margin[n]))
+            evidence = {k: alpha[k, code] * math.exp(float(stats.margins[k, n]) / temperature) for k in taught}
+            for k in taught:
+                sums.setdefault((k, code), []).append(float(stats.margins[k, n]))
+                shares.setdefault((k, code), []).append(evidence[k] / sum(evidence.values()))
+        for code in range(L):
+            rows = [shares.get((k, code), []) for k in range(K)]
+            alpha[:, code] = [max(floor, (sum(row) + 1 / K) / (len(row) + 1)) for row in rows]
+        alpha /= alpha.sum(0)
     mean = {key: sum(values) / len(values) for key, values in sums.items()}
-    alpha, gap, rows = np.zeros((K, L)), np.zeros(L), np.zeros(L)
+    gap, rows_of = np.zeros(L), np.zeros(L)
     for code in range(L):
-        known = [mean[k, code] for k in range(K) if (k, code) in mean]
-        filled = [mean.get((k, code), np.mean(known) if known else 0.0) for k in range(K)]
-        share = np.exp(np.array(filled) / options.get("importance_temperature", math.inf))
-        share = np.maximum(share / share.sum(), options.get("floor", 0.01))
-        alpha[:, code] = share / share.sum()
-        if known:
-            seen = [k for k in range(K) if (k, code) in mean]
-            gap[code] = max(
-                0, sum(alpha[k, code] * mean[k, code] for k in seen) / alpha[seen, code].sum() - mean[K, code]
-            )
-            rows[code] = len(sums[K, code])
+        seen = [k for k in range(K) if (k, code) in mean]
+        if seen:
+            knows = sum(alpha[k, code] * mean[k, code] for k in seen) / alpha[seen, code].sum()
+            gap[code] = max(0, knows - mean[K, code])
+            rows_of[code] = len(sums[K, code])
     weight = np.exp(gap / options.get("gap_temperature", math.inf))
     most = options.get("max_weight", 2.0)
     for _ in range(2):
-        weight = np.clip(weight / (weight @ rows / rows.sum()), 1 / most, most)
-    weight = weight / (weight @ rows / rows.sum())
-    return alpha, np.where(rows > 0, weight, 1.0)
+        weight = np.clip(weight / (weight @ rows_of / rows_of.sum()), 1 / most, most)
+    weight = weight / (weight @ rows_of / rows_of.sum())
+    return alpha, np.where(rows_of > 0, weight, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -140,15 +143,49 @@ def test_memory() -> None:
 
 
 def test_starts_from_held_out_margins() -> None:
-    stats, ids, mask, counts = batch()
-    adaptive, trained = (AdaptiveStrategy(K, L, importance_temperature=0.1, gap_temperature=0.1) for _ in range(2))
+    stats, ids, mask, counts = batch(n=1000)
+    adaptive = AdaptiveStrategy(K, L, importance_temperature=0.2, gap_temperature=0.1, floor=0)
     adaptive.start(stats.margins, ids, teacher_mask=mask, row_mask=counts)
     adaptive.step()
-    trained.update(stats, ids, teacher_mask=mask, row_mask=counts)
-    trained.step()
-    assert torch.equal(adaptive.importance, trained.importance)
     # No student yet, so no gap.
     assert torch.equal(adaptive.language_weight, torch.ones(L))
+    # What one more pass over the same rows gives is what it has.
+    again = AdaptiveStrategy(K, L, importance_temperature=0.2, floor=0)
+    again.load_state_dict(adaptive.state_dict())
+    again.update(stats, ids, teacher_mask=mask, row_mask=counts)
+    again.step()
+    torch.testing.assert_close(again.importance, adaptive.importance, atol=0.01, rtol=0)
+
+
+def test_start_finds_the_most_likely_mixture() -> None:
+    """With log-probabilities as margins, no other weights give held-out labels a higher likelihood."""
+    stats, ids, _, counts = batch(n=400, weighting="label_nll")
+    adaptive = AdaptiveStrategy(K, L, importance_temperature=1.0, floor=0)
+    adaptive.start(stats.margins, ids, row_mask=counts)
+    adaptive.step()
+    for code in range(L - 1):
+        rows = (ids == code) & counts
+        probability = stats.margins[:, rows].exp().double()
+
+        def likelihood(alpha: Tensor, p: Tensor = probability) -> float:
+            # The row of equal shares counts too.
+            return float((alpha.double() @ p).log().sum() + alpha.double().log().sum() / K)
+
+        best = likelihood(adaptive.importance[:, code])
+        g = torch.Generator().manual_seed(code)
+        others = torch.rand(500, K, generator=g).add(1e-6)
+        assert best > likelihood(torch.full((K,), 1 / K))
+        assert all(likelihood(other / other.sum()) <= best + 1e-2 for other in others)
+
+
+def test_teachers_that_know_half_of_the_classes_keep_their_share() -> None:
+    """The mean margin of the teacher with a few more rows is higher; in the other's rows it is wrong all the same."""
+    margins = torch.full((2, 100), -0.9)
+    margins[0, :55], margins[1, 55:] = 0.9, 0.9
+    adaptive = AdaptiveStrategy(2, 1, importance_temperature=0.1)
+    adaptive.start(margins, torch.zeros(100, dtype=torch.long))
+    adaptive.step()
+    assert adaptive.importance[:, 0].tolist() == pytest.approx([0.55, 0.45], abs=0.01)
 
 
 def test_state() -> None:
@@ -169,11 +206,11 @@ def test_state() -> None:
         adaptive.load_state_dict({})
 
 
-def test_a_teacher_that_rules_a_label_out_keeps_the_floor() -> None:
+def test_a_teacher_that_rules_labels_out_keeps_the_floor() -> None:
     adaptive = AdaptiveStrategy(2, 1, importance_temperature=1.0)
-    margins = torch.tensor([[-math.inf, -1.0], [-1.0, -1.0]])
+    margins = torch.tensor([[-math.inf] * 200, [-1.0] * 200])
     for _ in range(2):
-        adaptive.start(margins, torch.zeros(2, dtype=torch.long))
+        adaptive.start(margins, torch.zeros(200, dtype=torch.long))
         adaptive.step()
     assert adaptive.importance[:, 0].tolist() == pytest.approx([0.01, 0.99], abs=1e-3)
 
