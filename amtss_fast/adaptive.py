@@ -35,7 +35,7 @@ from amtss_fast.loss import AMTSSStats
 
 # exp(-30) is no weight in float32 beside any other: a log-probability of -inf counts as this.
 _LEAST_MARGIN = -30.0
-# Rows of equal shares that stand beside those seen: nothing seen is uniform. Ten were worse in every table.
+# Rows of equal shares that stand beside those seen: nothing seen is uniform. Many of them only slow it down.
 _EQUAL_ROWS = 1.0
 # Steps of expectation maximisation over held-out rows; the importance then moves by less than 0.01.
 _START_STEPS = 50

@@ -3,7 +3,7 @@
     python benchmarks/bench_quality.py --encoder intfloat/multilingual-e5-small             the full one
     python benchmarks/bench_quality.py --encoder PATH --designs transfer --seeds 2 --tune-seeds 1 --quick
     python benchmarks/bench_quality.py --encoder PATH --tune-only                            never looks at test
-    python benchmarks/bench_quality.py --show benchmarks/results/quality.json                tables of a run
+    python benchmarks/bench_quality.py --show FILE                          the tables of what --json wrote
 
 Protocol, fixed before test was looked at:
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -120,20 +119,3 @@ def test_bench_quality(tmp_path: Path) -> None:
     assert abs(100 * difference - gain["points"]) < 1e-6
     assert len(found["uniform"]["per_seed"]) == 2
     assert "own teacher" in results["new language"]["test"]
-
-
-def test_the_tables_of_the_docs_are_those_of_the_results(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    bench_quality = importlib.import_module("bench_quality")
-    results = SCRIPT.parent / "results" / "quality.json"
-    monkeypatch.setattr(sys, "argv", ["bench_quality.py", "--show", str(results)])
-    bench_quality.main()
-    docs = (SCRIPT.parents[1] / "docs" / "weighting.md").read_text(encoding="utf-8")
-    tables = capsys.readouterr().out.split("\n### ")[1:]
-    assert len(tables) >= 5
-    for table in tables:
-        title, _, lines = table.partition("\n")
-        assert f"### {title.capitalize()}\n" in docs
-        assert lines.strip() in docs, title
