@@ -37,7 +37,7 @@ from amtss_fast.loss import AMTSSStats
 _LEAST_MARGIN = -30.0
 # Rows of equal shares that stand beside those seen: nothing seen is uniform. Many of them only slow it down.
 _EQUAL_ROWS = 1.0
-# Steps of expectation maximisation over held-out rows; the importance then moves by less than 0.01.
+# Steps of expectation maximisation over held-out rows.
 _START_STEPS = 50
 
 
