@@ -48,6 +48,9 @@ def choose_config(n_classes: int, layout: Layout, teacher: str) -> Config:
     if classes <= FEW_CLASSES:
         # A row per thread where rows are short: with fewer the labels, as large as two logits, are read several times.
         rows = 64 if classes <= 16 else TILE // classes
+        if classes in (32, 64):
+            # A second warp would read the labels of its rows again: 8 % of the bytes of bfloat16 at 32 classes.
+            return Config(rows // 2, classes, 32, 128)
         return Config(rows, classes, 64, {8: 144, 16: 224}.get(classes, 128))
     classes = triton.next_power_of_2(n_classes + layout.slack)
     # Offsets of 64 bits for each element, or code for every type, take registers.
