@@ -28,8 +28,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from amtss_fast.sources import EMBEDDED, Part, Source, is_embedded, read_parts
 
 UNLABELLED = -1
-IGNORED = -100
-"""Of tokens that have no label of their own."""
+IGNORE_INDEX = -100
+"""What the stock loop does not count; of tokens that have no label of their own."""
 
 _SPLIT_ORDER = ("train", "validation", "test")
 # Offsets of an Arrow string array are 32 bits: a chunk of this many rows stays far below 2 GiB.
@@ -339,9 +339,9 @@ def encode(
 
 
 def _token_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
-    """A label for each token: its word's at the first of the word, IGNORED elsewhere."""
+    """A label for each token: its word's at the first of the word, IGNORE_INDEX elsewhere."""
     first = [word is not None and word != before for word, before in zip(word_ids, [None, *word_ids], strict=False)]
-    return [labels[cast(int, word)] if begins else IGNORED for word, begins in zip(word_ids, first, strict=True)]
+    return [labels[cast(int, word)] if begins else IGNORE_INDEX for word, begins in zip(word_ids, first, strict=True)]
 
 
 class DistillationCollator:
@@ -373,7 +373,7 @@ class DistillationCollator:
         ids = [{name: row[name] for name in row if name not in left_out} for row in rows]
         batch: dict[str, Any] = {name: value.to(torch.int64) for name, value in self._pad(ids).items()}
         if of_tokens:
-            labels = torch.full(batch["input_ids"].shape, IGNORED)
+            labels = torch.full(batch["input_ids"].shape, IGNORE_INDEX)
             labels[batch["attention_mask"].bool()] = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
             batch["labels"] = labels
         if self.keep_text:

@@ -761,7 +761,8 @@ class _TokenRun(_Run):
             task=self.config.task,
             languages=self.languages,
             tokenizer=self.tokenizer,
-            label_names=self.label_names,
+            # A language model has none.
+            label_names=self.label_names or None,
         )
 
     @property
@@ -808,10 +809,6 @@ class _LanguageModelRun(_TokenRun):
     @property
     def label_names(self) -> list[str]:
         return []
-
-    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TokenTeachers:
-        loaded = [self._teacher(teacher) for teacher in teachers or self.config.teachers]
-        return TokenTeachers(loaded, task=self.config.task, languages=self.languages, tokenizer=self.tokenizer)
 
     def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> PreTrainedModel:
         encoder = self._encoder(model)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amtss_fast.data import DistillationCollator
+from amtss_fast.data import IGNORE_INDEX, DistillationCollator
 from amtss_fast.heads import OutputHead
 from amtss_fast.int8 import Int8Embedding
 from amtss_fast.linear import linear_amtss_loss
@@ -31,7 +31,6 @@ from amtss_fast.teachers import Teacher, Teachers
 
 LANGUAGE_MODELS = ("masked-lm", "causal-lm")
 TOKEN_TASKS = (*LANGUAGE_MODELS, "token-classification")
-IGNORE_INDEX = -100
 UNLABELED_INDEX = -1
 
 

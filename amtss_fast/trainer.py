@@ -29,6 +29,7 @@ from transformers.trainer_callback import ExportableState
 
 from amtss_fast.adaptive import AdaptiveStrategy, check_adaptive_options
 from amtss_fast.cache import ROW, CachedTeachers
+from amtss_fast.data import IGNORE_INDEX
 from amtss_fast.loss import WEIGHTINGS, AMTSSStats, Weighting, amtss_loss, check_options
 from amtss_fast.sampling import LANGUAGE_SAMPLINGS, LanguageSampler, LanguageSampling, check_sampling
 from amtss_fast.student import AMTSSForSequenceClassification
@@ -36,8 +37,6 @@ from amtss_fast.teachers import TeacherPool
 from amtss_fast.tokens import TOKEN_TASKS, TokenTask, TokenTeachers, token_metrics, token_targets
 
 TASKS = ("sequence-classification", *TOKEN_TASKS)
-IGNORE_INDEX = -100
-"""What the stock loop does not count; the trainer keeps to it."""
 UNLABELED_INDEX = -1
 
 
