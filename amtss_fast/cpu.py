@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amtss_fast.ops import Outputs, gradient_dtype, raise_label, raise_weight
+from amtss_fast.ops import Arguments, Outputs, gradient_dtype, raise_label, raise_weight
 
 _MISSING: str | None = None
 try:
@@ -53,33 +53,12 @@ def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | N
     return None
 
 
-def amtss_loss(
-    student_logits: Tensor,
-    teacher_logits: Sequence[Tensor],
-    teacher_row_max: Sequence[Tensor | None],
-    teacher_step: Sequence[Tensor | None],
-    labels: Tensor | None,
-    teacher_prior: Tensor | None,
-    teacher_mask: Tensor | None,
-    sample_weight: Tensor | None,
-    num_items: Tensor | None,
-    temperature: float,
-    weighting: str,
-    weight_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    unlabeled_index: int,
-    reduction: str,
-    need_grad: bool,
-    need_stats: bool,
-) -> Outputs:
+def amtss_loss(given: Arguments) -> Outputs:
     """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`."""
-    if not _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]:
-        raise ValueError(f"temperature must be in {list(_TEMPERATURES)} for the native kernel, got {temperature}")
-    n_rows, n_classes = student_logits.shape
-    n_teachers = len(teacher_logits)
+    if not _TEMPERATURES[0] <= given.temperature <= _TEMPERATURES[1]:
+        raise ValueError(f"temperature must be in {list(_TEMPERATURES)} for the native kernel, got {given.temperature}")
+    student, n_teachers = given.student_logits, len(given.teacher_logits)
+    n_rows, n_classes = student.shape
     # Copies that a stride or a dtype makes necessary have to outlive the call.
     alive = []
 
@@ -91,45 +70,48 @@ def amtss_loss(
             alive.append(tensor)
         return tensor.data_ptr()
 
-    matrices = [student_logits.data_ptr(), *student_logits.stride(), _TYPES[student_logits.dtype], 0, 0]
-    for k, teacher in enumerate(teacher_logits):
+    matrices = [student.data_ptr(), *student.stride(), _TYPES[student.dtype], 0, 0]
+    for k, teacher in enumerate(given.teacher_logits):
         matrices += (teacher.data_ptr(), *teacher.stride(), _TYPES[teacher.dtype])
-        matrices += (address(teacher_row_max[k]), address(teacher_step[k])) if teacher_row_max else (0, 0)
+        if given.teacher_row_max:
+            matrices += (address(given.teacher_row_max[k]), address(given.teacher_step[k]))
+        else:
+            matrices += (0, 0)
 
     divisor = 1.0
-    if num_items is not None:
-        divisor = num_items.item()
+    if given.num_items is not None:
+        divisor = given.num_items.item()
         if not 0 < divisor < float("inf"):
             raise ValueError(f"num_items must be positive and finite, got {divisor}")
-    elif reduction == "mean":
+    elif given.reduction == "mean":
         # The kernel counts the rows.
         divisor = float("nan")
 
-    per_row = reduction == "none"
+    per_row = given.reduction == "none"
     loss = torch.empty(n_rows if per_row else ())
-    grad_type = gradient_dtype(student_logits)
-    grad = torch.empty((n_rows, n_classes) if need_grad else 0, dtype=grad_type)
-    stats = [torch.empty(n_teachers, n_rows) for _ in range(3)] + [torch.empty(n_rows)] if need_stats else []
+    grad_type = gradient_dtype(student)
+    grad = torch.empty((n_rows, n_classes) if given.need_grad else 0, dtype=grad_type)
+    stats = [torch.empty(n_teachers, n_rows) for _ in range(3)] + [torch.empty(n_rows)] if given.need_stats else []
 
     fault = _cpu.loss(
         n_rows,
         n_classes,
         matrices,
-        address(labels, torch.int64),
-        address(teacher_prior),
-        teacher_prior is not None and teacher_prior.dim() == 2,
-        address(teacher_mask, torch.bool),
-        address(sample_weight),
-        temperature,
-        weight_temperature,
-        kd_weight,
-        ce_weight,
-        label_smoothing,
-        _WEIGHTINGS[weighting],
-        ignore_index,
-        unlabeled_index,
+        address(given.labels, torch.int64),
+        address(given.teacher_prior),
+        given.teacher_prior is not None and given.teacher_prior.dim() == 2,
+        address(given.teacher_mask, torch.bool),
+        address(given.sample_weight),
+        given.temperature,
+        given.weight_temperature,
+        given.kd_weight,
+        given.ce_weight,
+        given.label_smoothing,
+        _WEIGHTINGS[given.weighting],
+        given.ignore_index,
+        given.unlabeled_index,
         divisor,
-        grad.data_ptr() if need_grad else 0,
+        grad.data_ptr() if given.need_grad else 0,
         _TYPES[grad_type],
         loss.data_ptr() if per_row else 0,
         *([stat.data_ptr() for stat in stats] or (0, 0, 0, 0)),
@@ -138,9 +120,9 @@ def amtss_loss(
     )
     if fault is not None:
         which, index = fault
-        if which == 1 and labels is not None:
-            raise_label(int(labels[index]), index, n_classes, ignore_index, unlabeled_index)
-        name, weight = ("teacher_prior", teacher_prior) if which == 2 else ("sample_weight", sample_weight)
+        if which == 1 and given.labels is not None:
+            raise_label(int(given.labels[index]), index, n_classes, given.ignore_index, given.unlabeled_index)
+        name, weight = ("teacher_prior", given.teacher_prior) if which == 2 else ("sample_weight", given.sample_weight)
         assert weight is not None
         raise_weight(name, float(weight.flatten()[index]))
     return loss, grad, *stats

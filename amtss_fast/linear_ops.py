@@ -259,7 +259,7 @@ def _compute(
                 taught = _taught(k, chunk.teacher_prior, chunk.teacher_mask)
                 if taught is None or len(taught) > 0:
                     teacher.write_logits(pick, taught, teacher_logits[k])
-        chunk_loss, grad, *chunk_stats = module.amtss_loss(*chunk._replace(teacher_logits=teacher_logits))
+        chunk_loss, grad, *chunk_stats = module.amtss_loss(chunk._replace(teacher_logits=teacher_logits))
         if reduction == "none":
             loss[pick] = chunk_loss
         else:

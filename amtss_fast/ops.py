@@ -148,10 +148,11 @@ class Arguments(NamedTuple):
 
 def _compute(*arguments: Any) -> Outputs:
     *values, backend = arguments
-    module = choose_backend(backend, arguments[0], arguments[1])
-    if not module.CHECKS_VALUES and values_are_free(arguments[0]):
-        check_values(Arguments(*values))
-    outputs: Outputs = module.amtss_loss(*values)
+    given = Arguments(*values)
+    module = choose_backend(backend, given.student_logits, given.teacher_logits)
+    if not module.CHECKS_VALUES and values_are_free(given.student_logits):
+        check_values(given)
+    outputs: Outputs = module.amtss_loss(given)
     return outputs
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amtss_fast.ops import Outputs, accumulation_dtype, gradient_dtype
+from amtss_fast.ops import Arguments, Outputs, accumulation_dtype, gradient_dtype
 from amtss_fast.quantization import dequantize
 
 CHECKS_VALUES = False
@@ -27,85 +27,63 @@ def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | N
     return None
 
 
-def amtss_loss(
-    student_logits: Tensor,
-    teacher_logits: Sequence[Tensor],
-    teacher_row_max: Sequence[Tensor | None],
-    teacher_step: Sequence[Tensor | None],
-    labels: Tensor | None,
-    teacher_prior: Tensor | None,
-    teacher_mask: Tensor | None,
-    sample_weight: Tensor | None,
-    num_items: Tensor | None,
-    temperature: float,
-    weighting: str,
-    weight_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    unlabeled_index: int,
-    reduction: str,
-    need_grad: bool,
-    need_stats: bool,
-) -> Outputs:
+def amtss_loss(given: Arguments) -> Outputs:
     """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`."""
-    dtype = accumulation_dtype(student_logits)
-    n_rows, n_classes = student_logits.shape
-    n_teachers = len(teacher_logits)
-    device = student_logits.device
+    temperature, smoothing = given.temperature, given.label_smoothing
+    dtype = accumulation_dtype(given.student_logits)
+    n_rows, n_classes = given.student_logits.shape
+    n_teachers = len(given.teacher_logits)
+    device = given.student_logits.device
 
+    labels = given.labels
     if labels is None:
-        labels = torch.full((n_rows,), unlabeled_index, device=device)
-    counts = labels != ignore_index  # [N]
-    unlabeled = labels == unlabeled_index
+        labels = torch.full((n_rows,), given.unlabeled_index, device=device)
+    counts = labels != given.ignore_index  # [N]
+    unlabeled = labels == given.unlabeled_index
     invalid = counts & ~unlabeled & ((labels < 0) | (labels >= n_classes))
     labelled = counts & ~unlabeled & ~invalid
 
     prior = torch.ones(n_teachers, 1, dtype=dtype, device=device)
-    if teacher_prior is not None:
-        prior = teacher_prior.to(dtype).reshape(n_teachers, -1)
+    if given.teacher_prior is not None:
+        prior = given.teacher_prior.to(dtype).reshape(n_teachers, -1)
     teaches = (prior > 0) & counts  # [K, N]
-    if teacher_mask is not None:
-        teaches = teaches & teacher_mask
+    if given.teacher_mask is not None:
+        teaches = teaches & given.teacher_mask
     row_weight = torch.ones(n_rows, dtype=dtype, device=device)
-    if sample_weight is not None:
-        row_weight = sample_weight.to(dtype)
+    if given.sample_weight is not None:
+        row_weight = given.sample_weight.to(dtype)
 
-    student = student_logits.to(dtype)
+    student = given.student_logits.to(dtype)
     log_q = (student / temperature).log_softmax(-1)  # [N, C]
-    log_p = [  # K of [N, C]
-        (_logits(teacher_logits, teacher_row_max, teacher_step, k).to(dtype) / temperature).log_softmax(-1)
-        for k in range(n_teachers)
-    ]
+    log_p = [(_logits(given, k).to(dtype) / temperature).log_softmax(-1) for k in range(n_teachers)]  # K of [N, C]
 
-    margins = torch.stack([_margin(lp, labels, labelled, weighting) for lp in log_p])  # [K, N]
+    margins = torch.stack([_margin(lp, labels, labelled, given.weighting) for lp in log_p])  # [K, N]
     margins = margins.where(teaches, 0.0)
-    weights = _weights(margins, prior, teaches, weight_temperature)
+    weights = _weights(margins, prior, teaches, given.weight_temperature)
     divergences = torch.stack([_divergence(lp, log_q) for lp in log_p])  # [K, N]
     divergences = divergences.where(teaches, 0.0)
 
     row_loss = torch.zeros(n_rows, dtype=dtype, device=device)
     row_grad = torch.zeros_like(student)
-    if kd_weight > 0:
+    if given.kd_weight > 0:
         weighted = (weights * divergences).where(weights != 0, 0.0).sum(0)
-        row_loss = row_loss + kd_weight * temperature**2 * weighted
+        row_loss = row_loss + given.kd_weight * temperature**2 * weighted
         mixture = torch.zeros_like(student)
         for lp, weight in zip(log_p, weights, strict=True):
             column = weight.unsqueeze(-1)
             mixture = mixture + (column * lp.exp()).where(column != 0, 0.0)
         taught = teaches.any(0).unsqueeze(-1)
-        row_grad = row_grad + kd_weight * temperature * (log_q.exp() - mixture).where(taught, 0.0)
-    if ce_weight > 0:
+        row_grad = row_grad + given.kd_weight * temperature * (log_q.exp() - mixture).where(taught, 0.0)
+    if given.ce_weight > 0:
         log_q1 = student.log_softmax(-1)  # temperature 1
         target = labels.where(labelled, 0).unsqueeze(-1)
-        cross_entropy = -(1 - label_smoothing) * log_q1.gather(-1, target).squeeze(-1)
-        if label_smoothing > 0:
-            cross_entropy = cross_entropy - label_smoothing * log_q1.mean(-1)
-        row_loss = row_loss + ce_weight * cross_entropy.where(labelled, 0.0)
-        one_hot = torch.zeros_like(student).scatter(-1, target, 1.0 - label_smoothing)
-        smoothed = one_hot + label_smoothing / n_classes
-        row_grad = row_grad + ce_weight * (log_q1.exp() - smoothed).where(labelled.unsqueeze(-1), 0.0)
+        cross_entropy = -(1 - smoothing) * log_q1.gather(-1, target).squeeze(-1)
+        if smoothing > 0:
+            cross_entropy = cross_entropy - smoothing * log_q1.mean(-1)
+        row_loss = row_loss + given.ce_weight * cross_entropy.where(labelled, 0.0)
+        one_hot = torch.zeros_like(student).scatter(-1, target, 1.0 - smoothing)
+        smoothed = one_hot + smoothing / n_classes
+        row_grad = row_grad + given.ce_weight * (log_q1.exp() - smoothed).where(labelled.unsqueeze(-1), 0.0)
 
     row_loss = row_loss.where(~invalid, float("nan"))
     row_grad = row_grad.where(~invalid.unsqueeze(-1), float("nan"))
@@ -115,31 +93,26 @@ def amtss_loss(
     row_grad = (row_weight.unsqueeze(-1) * row_grad).where(alive.unsqueeze(-1), 0.0)
 
     loss = row_loss
-    if reduction == "sum":
+    if given.reduction == "sum":
         loss = row_loss.sum()
-    elif reduction == "mean":
-        divisor = counts.sum().clamp(min=1).to(dtype) if num_items is None else num_items.to(dtype)
+    elif given.reduction == "mean":
+        divisor = counts.sum().clamp(min=1).to(dtype) if given.num_items is None else given.num_items.to(dtype)
         loss = row_loss.sum() / divisor
         row_grad = row_grad / divisor
 
-    grad = (row_grad if need_grad else row_grad.new_empty(0)).to(gradient_dtype(student_logits))
-    if not need_stats:
+    grad = (row_grad if given.need_grad else row_grad.new_empty(0)).to(gradient_dtype(given.student_logits))
+    if not given.need_stats:
         return loss, grad
-    student_margin = _margin(log_q, labels, labelled, weighting).where(counts, 0.0)
+    student_margin = _margin(log_q, labels, labelled, given.weighting).where(counts, 0.0)
     return loss, grad, weights, margins, divergences, student_margin
 
 
-def _logits(
-    teacher_logits: Sequence[Tensor],
-    teacher_row_max: Sequence[Tensor | None],
-    teacher_step: Sequence[Tensor | None],
-    k: int,
-) -> Tensor:
-    row_max = teacher_row_max[k] if teacher_row_max else None
-    step = teacher_step[k] if teacher_step else None
+def _logits(given: Arguments, k: int) -> Tensor:
+    row_max = given.teacher_row_max[k] if given.teacher_row_max else None
+    step = given.teacher_step[k] if given.teacher_step else None
     if row_max is None or step is None:
-        return teacher_logits[k]
-    return dequantize(teacher_logits[k], row_max, step)
+        return given.teacher_logits[k]
+    return dequantize(given.teacher_logits[k], row_max, step)
 
 
 def _margin(log_p: Tensor, labels: Tensor, labelled: Tensor, weighting: str) -> Tensor:

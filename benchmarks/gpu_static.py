@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amtss_fast._triton import common, config, launch
+from amtss_fast.ops import Arguments
 
 
 class Chip(NamedTuple):
@@ -116,15 +117,16 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
         logits[-1] = _on_device(n_classes, n_rows, logits[-1].dtype).t()
     rows = torch.empty(n_rows)
     scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
-    options: tuple[Any, ...] = (None,) * 5
+    options: tuple[Any, Any, Any, Any, Any] = (None,) * 5
     if call != "loss":
         per_teacher = torch.empty(n_teachers, n_rows)
         options = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
     planned: list[launch.Launch]
-    planned, _, _ = launch.prepare(
+    given = Arguments(
         logits[0], logits[1:], scales, scales, *options, 2.0, "label_margin", 1.0, 1.0,
         0.0 if call == "loss" else 0.5, 0.1, -100, -1, "mean", True, call != "loss",
     )  # fmt: skip
+    planned, _, _ = launch.prepare(given)
     # The table of teachers is written before: a few numbers.
     return [p for p in planned if p.kernel is not launch.write_entry]
 

@@ -26,6 +26,7 @@ if ops.why_missing("triton") is not None:
 
 from amtss_fast import _triton
 from amtss_fast._triton import launch
+from amtss_fast.ops import Arguments
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,8 +135,8 @@ def test_codes_are_read_as_they_are(n: int, c: int) -> None:
         quantized = [t.dtype == torch.uint8 for t in teachers]
         scales = [[s if q else None for q in quantized] for s in (row_max, step)]
         plain = [logits if q else t.float() for q, t in zip(quantized, teachers, strict=True)]
-        got = _triton.amtss_loss(case.student, teachers, *scales, *arguments)
-        want = _triton.amtss_loss(case.student, plain, [], [], *arguments)
+        got = _triton.amtss_loss(Arguments(case.student, teachers, *scales, *arguments))
+        want = _triton.amtss_loss(Arguments(case.student, plain, [], [], *arguments))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -223,6 +224,7 @@ from triton.runtime.jit import create_function_from_signature
 import gpu_static
 from amtss_fast._triton import launch
 from amtss_fast._triton.tile import fused_tile
+from amtss_fast.ops import Arguments
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 
@@ -239,9 +241,9 @@ def plan(n, c, k, offset=0):
     flat = torch.empty(offset + n * c)[offset:]
     student = flat.view(n, c)
     labels = torch.zeros(n, dtype=torch.int64)
-    return launch.prepare(
+    return launch.prepare(Arguments(
         student, [torch.empty(n, c) for _ in range(k)], [], [], labels, None, None, None, None,
-        2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, -100, -1, "mean", True, False)[0]
+        2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, -100, -1, "mean", True, False))[0]
 
 print(len(keys([(n, 3, k) for n in (1, 7, 16, 64, 1000) for k in (5, 6, 7, 8)])))
 print(len(keys([(n, c, 3) for n in (1, 2, 16, 33) for c in (1600, 1616, 1999, 2001)])))

@@ -22,7 +22,7 @@ from amtss_fast._triton.stream import (
     join_chunks,
 )
 from amtss_fast._triton.tile import fused_tile
-from amtss_fast.ops import Outputs, gradient_dtype
+from amtss_fast.ops import Arguments, Outputs, gradient_dtype
 
 # Teachers whose pointers are arguments of a kernel, the second half of them only where it is needed. Where more of them
 # lie follows from one stride, or is in a table.
@@ -151,95 +151,74 @@ def plan(layout: Layout, n_teachers: int, arguments: dict[str, Any]) -> list[Lau
     return launches
 
 
-def prepare(
-    student_logits: Tensor,
-    teacher_logits: Sequence[Tensor],
-    teacher_row_max: Sequence[Tensor | None],
-    teacher_step: Sequence[Tensor | None],
-    labels: Tensor | None,
-    teacher_prior: Tensor | None,
-    teacher_mask: Tensor | None,
-    sample_weight: Tensor | None,
-    num_items: Tensor | None,
-    temperature: float,
-    weighting: str,
-    weight_temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    unlabeled_index: int,
-    reduction: str,
-    need_grad: bool,
-    need_stats: bool,
-) -> tuple[list[Launch], Outputs, Tensor | None]:
+def prepare(given: Arguments) -> tuple[list[Launch], Outputs, Tensor | None]:
     """The launches that compute the loss; the outputs, with the loss of each row in place of the loss; the divisor."""
-    n_rows, n_classes = student_logits.shape
-    n_teachers = len(teacher_logits)
-    new = student_logits.new_empty
+    student, labels, n_teachers = given.student_logits, given.labels, len(given.teacher_logits)
+    n_rows, n_classes = student.shape
+    new = student.new_empty
     row_loss = new(n_rows, dtype=torch.float32)
-    grad = new((n_rows, n_classes) if need_grad else (0,), dtype=gradient_dtype(student_logits))
-    per_teacher = (n_teachers, n_rows) if need_stats else (0,)
+    grad = new((n_rows, n_classes) if given.need_grad else (0,), dtype=gradient_dtype(student))
+    per_teacher = (n_teachers, n_rows) if given.need_stats else (0,)
     weights, margins, kd = (new(per_teacher, dtype=torch.float32) for _ in range(3))
-    student_margin = new(n_rows if need_stats else 0, dtype=torch.float32)
+    student_margin = new(n_rows if given.need_stats else 0, dtype=torch.float32)
 
     divisor = None
-    if reduction == "mean":
-        divisor = _divisor(student_logits, labels, num_items, ignore_index)
+    if given.reduction == "mean":
+        divisor = _divisor(student, labels, given.num_items, given.ignore_index)
     launches: list[Launch] = []
     if n_rows > 0:
-        prior = _prior(teacher_prior, teacher_mask, n_teachers, n_rows)
+        prior = _prior(given.teacher_prior, given.teacher_mask, n_teachers, n_rows)
         # float32 knows no smaller beta, and no larger one.
-        choice = "hard" if weight_temperature < 2.0**-126 else "flat" if weight_temperature >= 2.0**128 else "soft"
-        teachers, launches = teacher_arguments(teacher_logits)
+        beta = given.weight_temperature
+        choice = "hard" if beta < 2.0**-126 else "flat" if beta >= 2.0**128 else "soft"
+        teachers, launches = teacher_arguments(given.teacher_logits)
         arguments = {
             **teachers,
-            "student": student_logits,
-            "row_stride": student_logits.stride(0),
-            "class_stride": student_logits.stride(1),
-            "STUDENT": KINDS[student_logits.dtype],
-            "scales": _scales(teacher_row_max, teacher_step),
+            "student": student,
+            "row_stride": student.stride(0),
+            "class_stride": student.stride(1),
+            "STUDENT": KINDS[student.dtype],
+            "scales": _scales(given.teacher_row_max, given.teacher_step),
             "labels": None if labels is None else labels.contiguous(),
             "prior": prior,
             "prior_stride_k": 0 if prior is None else prior.stride(0),
             "prior_stride_n": 0 if prior is None else prior.stride(1),
-            "sample_weight": None if sample_weight is None else sample_weight.contiguous(),
+            "sample_weight": None if given.sample_weight is None else given.sample_weight.contiguous(),
             "divisor": divisor,
             "row_loss": row_loss,
-            "grad": grad if need_grad else None,
-            "weights": weights if need_stats else None,
-            "margins": margins if need_stats else None,
-            "kd": kd if need_stats else None,
-            "student_margin": student_margin if need_stats else None,
+            "grad": grad if given.need_grad else None,
+            "weights": weights if given.need_stats else None,
+            "margins": margins if given.need_stats else None,
+            "kd": kd if given.need_stats else None,
+            "student_margin": student_margin if given.need_stats else None,
             "n_rows": n_rows,
             "n_classes": n_classes,
             # Teachers that are neither learnt from nor asked about are not read.
-            "n_teachers": n_teachers if kd_weight > 0 or need_stats else 0,
-            "ignore_index": ignore_index,
-            "unlabeled_index": unlabeled_index,
-            "exponent": 1 / (temperature * math.log(2)),
-            "temperature": temperature,
-            "weight_temperature": weight_temperature,
-            "kd_weight": kd_weight,
-            "ce_weight": ce_weight,
-            "label_smoothing": label_smoothing,
-            "WEIGHTING": weighting,
+            "n_teachers": n_teachers if given.kd_weight > 0 or given.need_stats else 0,
+            "ignore_index": given.ignore_index,
+            "unlabeled_index": given.unlabeled_index,
+            "exponent": 1 / (given.temperature * math.log(2)),
+            "temperature": given.temperature,
+            "weight_temperature": beta,
+            "kd_weight": given.kd_weight,
+            "ce_weight": given.ce_weight,
+            "label_smoothing": given.label_smoothing,
+            "WEIGHTING": given.weighting,
             "CHOICE": choice,
-            "CE": ce_weight > 0 and labels is not None,
+            "CE": given.ce_weight > 0 and labels is not None,
         }
-        layout = choose_layout(n_classes, [student_logits, *teacher_logits, *([grad] if need_grad else [])])
+        layout = choose_layout(n_classes, [student, *given.teacher_logits, *([grad] if given.need_grad else [])])
         launches += plan(layout, n_teachers, arguments)
     return launches, (row_loss, grad, weights, margins, kd, student_margin), divisor
 
 
-def amtss_loss(student_logits: Tensor, *arguments: Any) -> Outputs:
+def amtss_loss(given: Arguments) -> Outputs:
     """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`. Nothing here waits for the device."""
-    *_, reduction, _need_grad, _need_stats = arguments
-    with torch.cuda.device_of(student_logits):
-        launches, (loss, *others), divisor = prepare(student_logits, *arguments)
+    with torch.cuda.device_of(given.student_logits):
+        launches, (loss, *others), divisor = prepare(given)
         for launch in launches:
             launch.run()
-    if reduction != "none":
+    if given.reduction != "none":
         loss = loss.sum() if divisor is None else loss.sum() / divisor
     grad, weights, margins, kd, student_margin = others
     return loss, grad, weights, margins, kd, student_margin
