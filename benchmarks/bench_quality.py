@@ -23,10 +23,9 @@ Protocol, fixed before test was looked at:
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,12 @@ import torch
 import torch.nn.functional as F
 from cases import machine
 from features import sentence_vectors
+from students import INF, Setting, Situation, Students, Variant, fit, statistics
 from torch import Tensor, nn
 
-from amtss_fast import AdaptiveStrategy, AMTSSStats, amtss_loss
 from amtss_fast.data import load_data
 
-TEMPERATURE = 2.0
-KD_WEIGHTS = (0.3, 0.6, 0.9)
 BETAS = (0.05, 0.2, 0.5)
-INF = float("inf")
 GROUPS = {
     "west": ["en", "fr", "es", "de", "vi", "sw", "tr"],
     "east": ["en", "de", "el", "bg", "ru", "tr"],
@@ -52,7 +48,6 @@ GROUPS = {
 }
 LAYERS = (2, 3, 4, 6, 9, 12)
 STUDENT_LAYER, STUDENT_SIZE = 3, 96
-ROWS_PER_LANGUAGE = 16
 FIRST_SEED, FIRST_TUNING_SEED = 100, 2000
 LABELS_ONLY, UNIFORM = "labels only", "uniform"
 NEW_LANGUAGE, NEW, NEW_ROWS = "new language", "sw", 200
@@ -146,26 +141,6 @@ DESIGNS = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to weigh the teachers; `settings` are the values of it to choose from."""
-
-    prior: str = "none"
-    """none, single, static, routing, oracle or adaptive."""
-    betas: tuple[float, ...] = (INF,)
-    weighting: str = "label_margin"
-    prior_temperatures: tuple[float, ...] = (1.0,)
-    gap_temperatures: tuple[float | None, ...] = (None,)
-    kd_weights: tuple[float, ...] = KD_WEIGHTS
-    shuffle: bool = False
-    smoothing: bool = False
-
-    def settings(self) -> list[dict[str, Any]]:
-        names = ("kd_weight", "beta", "prior_temperature", "gap_temperature")
-        values = (self.kd_weights, self.betas, self.prior_temperatures, self.gap_temperatures)
-        return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
-
-
 VARIANTS = {
     LABELS_ONLY: Variant(kd_weights=(0.0,)),
     "label smoothing": Variant(kd_weights=(0.0,), smoothing=True),
@@ -183,61 +158,6 @@ VARIANTS = {
     "shuffled row margins": Variant(betas=BETAS, shuffle=True),
     "oracle: teachers that are right": Variant("oracle"),
 }
-
-
-@dataclass
-class Situation:
-    """A design with its seed drawn: rows of the student, its teachers' logits, and what is evaluated."""
-
-    x: Tensor
-    labels: Tensor
-    truth: Tensor
-    language_ids: Tensor
-    teacher_logits: Tensor  # [K, N, C]
-    calibration: tuple[Tensor, Tensor, Tensor]  # logits [K, M, C], labels, language_ids
-    own: Tensor  # [K, L] bool
-    x_eval: Tensor
-    labels_eval: Tensor
-    language_eval: Tensor
-    concepts_eval: np.ndarray
-    steps: int
-    teacher_right: Tensor  # [K, N] of the evaluation
-
-    @property
-    def teacher_accuracy(self) -> list[float]:
-        """Of each teacher in its own languages."""
-        mask = self.own[:, self.language_eval]
-        return [float(r[m].float().mean()) for r, m in zip(self.teacher_right, mask, strict=True)]
-
-    def rows(self, kept: Tensor) -> Situation:
-        """Some of the student's rows."""
-        return replace(
-            self,
-            x=self.x[kept],
-            labels=self.labels[kept],
-            truth=self.truth[kept],
-            language_ids=self.language_ids[kept],
-            teacher_logits=self.teacher_logits[:, kept].contiguous(),
-        )
-
-    def select(self, languages: list[int]) -> Situation:
-        """The rows of some languages, which are numbered anew."""
-        place = torch.full((self.own.shape[1],), -1)
-        place[languages] = torch.arange(len(languages))
-        rows, held, here = (place[i] >= 0 for i in (self.language_ids, self.calibration[2], self.language_eval))
-        logits, labels, ids = self.calibration
-        chosen = self.rows(rows)
-        return replace(
-            chosen,
-            language_ids=place[chosen.language_ids],
-            calibration=(logits[:, held], labels[held], place[ids[held]]),
-            own=self.own[:, languages],
-            x_eval=self.x_eval[here],
-            labels_eval=self.labels_eval[here],
-            language_eval=place[self.language_eval[here]],
-            concepts_eval=self.concepts_eval[here.numpy()],
-            teacher_right=self.teacher_right[:, here],
-        )
 
 
 def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Situation:
@@ -313,170 +233,6 @@ def train_teacher(x: Tensor, labels: Tensor, n_classes: int, seed: int, quick: b
     return model.eval()
 
 
-class Student(nn.Module):
-    """`AMTSSForSequenceClassification` above its encoder, for batches [L, M, D] of M rows of each language."""
-
-    def __init__(self, n_languages: int, size: int, n_classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_languages, size, size))
-        self.bias = nn.Parameter(torch.zeros(n_languages, 1, size))
-        self.dropout = nn.Dropout(0.2)
-        self.classifier = nn.Linear(size, n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = x + torch.tanh(torch.baddbmm(self.bias, x, self.weight))
-        logits: Tensor = self.classifier(self.dropout(z))
-        return logits
-
-    @torch.no_grad()
-    def predict(self, x: Tensor, language_ids: Tensor) -> Tensor:
-        """[N] classes of rows in any order."""
-        classes = torch.empty(len(x), dtype=torch.long)
-        for language in language_ids.unique().tolist():
-            rows = language_ids == language
-            z = x[rows] + torch.tanh(x[rows] @ self.weight[language] + self.bias[language])
-            classes[rows] = self.classifier(z).argmax(-1)
-        return classes
-
-    def with_language(self, like: int, place: int | None) -> Student:
-        """With a copy of a projection inserted at `place`, or with this one alone and the classifier frozen."""
-        kept = list(range(len(self.weight)))
-        kept = [like] if place is None else [*kept[:place], like, *kept[place:]]
-        new = Student(len(kept), self.weight.shape[1], self.classifier.out_features)
-        new.classifier.load_state_dict(self.classifier.state_dict())
-        new.weight.data, new.bias.data = self.weight.data[kept].clone(), self.bias.data[kept].clone()
-        return new if place is not None else new.freeze_classifier()
-
-    def freeze_classifier(self) -> Student:
-        self.classifier.requires_grad_(False)
-        return self
-
-
-def batches(language_ids: Tensor, n_languages: int, per_language: int, steps: int) -> Iterator[Tensor]:
-    """Row numbers [L * M], M of each language in turn; the rows of a language come shuffled, again and again."""
-    rows = [(language_ids == language).nonzero().squeeze(1) for language in range(n_languages)]
-    queues = [torch.empty(0, dtype=torch.long)] * n_languages
-    for _ in range(steps):
-        batch = []
-        for language in range(n_languages):
-            while len(queues[language]) < per_language:
-                queues[language] = torch.cat([queues[language], rows[language][torch.randperm(len(rows[language]))]])
-            batch.append(queues[language][:per_language])
-            queues[language] = queues[language][per_language:]
-        yield torch.cat(batch)
-
-
-def fit(
-    s: Situation,
-    variant: Variant,
-    setting: dict[str, Any],
-    seed: int,
-    student: Student | None = None,
-    per_language: int = ROWS_PER_LANGUAGE,
-) -> tuple[Student, float]:
-    """Trains a student, and says in how many of its rows the weighted mean of the teachers has the right class."""
-    torch.manual_seed(seed)
-    n_teachers, _, n_classes = s.teacher_logits.shape
-    n_languages, labelled = s.own.shape[1], s.labels >= 0
-    kd_weight: float = setting["kd_weight"]
-    prior, beta = fixed_prior(s, variant, setting), setting["beta"]
-    if variant.shuffle:
-        # Only among rows of one language and alike labelled: what is left is chance.
-        prior = statistics(s.teacher_logits, s.labels, variant.weighting, beta).weights.clone()
-        kind, beta = 2 * s.language_ids + labelled, INF
-        generator = torch.Generator().manual_seed(seed)
-        for value in kind.unique().tolist():
-            rows = (kind == value).nonzero().squeeze(1)
-            prior[:, rows] = prior[:, rows[torch.randperm(len(rows), generator=generator)]]
-    adaptive = AdaptiveStrategy(
-        n_teachers,
-        n_languages,
-        importance_temperature=setting["prior_temperature"] if variant.prior == "adaptive" else None,
-        gap_temperature=setting["gap_temperature"],
-    )
-    held_logits, held_labels, held_ids = s.calibration
-    adaptive.start(statistics(held_logits, held_labels, variant.weighting).margins, held_ids)
-    adaptive.step()
-    smoothing = 0.0
-    if variant.smoothing:
-        # The gold class of the smoothed target has the mean probability that the teachers' mean gives it.
-        mean = (s.teacher_logits / TEMPERATURE).softmax(-1).mean(0)[labelled]
-        gold = float(mean.gather(1, s.labels[labelled].unsqueeze(1)).mean())
-        smoothing = (1 - gold) * n_classes / (n_classes - 1)
-    student = student or Student(n_languages, s.x.shape[1], n_classes)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 2e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, s.steps)
-    # Without teachers, rows without a label would be no more than idle steps.
-    draws = s.language_ids if kd_weight > 0 else torch.where(labelled, s.language_ids, -1)
-    for rows in batches(draws, n_languages, per_language, s.steps):
-        ids = s.language_ids[rows]
-        loss, stats = amtss_loss(
-            student(s.x[rows].view(n_languages, per_language, -1)).flatten(0, 1),
-            s.teacher_logits[:, rows],
-            s.labels[rows],
-            temperature=TEMPERATURE,
-            weighting=variant.weighting,  # type: ignore[arg-type]
-            weight_temperature=beta,
-            teacher_prior=prior[:, rows] * adaptive.teacher_prior(ids),
-            sample_weight=adaptive.sample_weight(ids),
-            kd_weight=kd_weight,
-            ce_weight=1 - kd_weight,
-            label_smoothing=smoothing,
-            return_stats=True,
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if variant.prior == "adaptive":
-            adaptive.update(stats, ids, row_mask=labelled[rows])
-            adaptive.step()
-    prior = prior * adaptive.teacher_prior(s.language_ids)
-    weights = statistics(s.teacher_logits, s.labels, variant.weighting, beta, prior).weights
-    target = ((s.teacher_logits / TEMPERATURE).softmax(-1) * weights.unsqueeze(-1)).sum(0).argmax(-1)
-    return student, float((target == s.truth).float().mean())
-
-
-def right_of(student: Student, s: Situation) -> np.ndarray:
-    """[N] whether each row of the evaluation is right."""
-    return (student.predict(s.x_eval, s.language_eval) == s.labels_eval).numpy()
-
-
-def statistics(
-    logits: Tensor, labels: Tensor, weighting: str, beta: float = INF, prior: Tensor | None = None
-) -> AMTSSStats:
-    stats: AMTSSStats = amtss_loss(
-        torch.zeros_like(logits[0]),
-        logits,
-        labels,
-        temperature=TEMPERATURE,
-        weighting=weighting,  # type: ignore[arg-type]
-        weight_temperature=beta,
-        teacher_prior=prior,
-        return_stats=True,
-    )[1]
-    return stats
-
-
-def fixed_prior(s: Situation, variant: Variant, setting: dict[str, Any]) -> Tensor:
-    """[K, N] weights that no training changes."""
-    logits, labels, ids = s.calibration
-    right = (logits.argmax(-1) == labels).float()
-    by_language = torch.ones(s.own.shape)
-    if variant.prior == "single":
-        by_language = F.one_hot(right.mean(1).argmax(), len(logits)).float().unsqueeze(1).expand(s.own.shape)
-    elif variant.prior == "static":
-        counts = F.one_hot(ids, s.own.shape[1]).float()
-        by_language = (right @ counts / counts.sum(0) / setting["prior_temperature"]).softmax(0)
-    elif variant.prior == "routing":
-        by_language = s.own.float()
-    elif variant.prior == "oracle":
-        knows = (s.teacher_logits.argmax(-1) == s.truth).float()
-        return torch.where(knows.sum(0) > 0, knows, 1.0)
-    return by_language[:, s.language_ids]
-
-
 # Who is heard, settings; whether all other texts of the language are there too, without labels; whether the whole
 # student is trained, on a mix of all languages.
 NEW_VARIANTS: dict[str, tuple[Variant, bool, bool]] = {
@@ -488,20 +244,36 @@ NEW_VARIANTS: dict[str, tuple[Variant, bool, bool]] = {
     "importance, and unlabelled texts": (Variant("adaptive", prior_temperatures=(0.2,)), True, False),
     "own teachers, unlabelled texts, replay": (Variant("routing"), True, True),
 }
-FIRST_STUDENT = VARIANTS[UNIFORM].settings()[1]
 NEAREST, OWN_TEACHER = "nearest projection, untrained", "its own teacher"
+
+Found = list[tuple[np.ndarray, float | None]]
+"""Of each variant and setting asked for: right answers, and the share of right targets where there are any."""
+
+
+def answers(
+    s: Situation, wanted: Sequence[tuple[Variant, Setting]], seed: int, start: Students | None = None, **options: Any
+) -> Found:
+    found: Found = [(np.array([]), None)] * len(wanted)
+    for silent in (True, False):
+        places = [i for i, (_, setting) in enumerate(wanted) if (setting["kd_weight"] == 0) == silent]
+        if not places:
+            continue
+        students, targets = fit(s, [wanted[i] for i in places], seed, start, **options)
+        classes = students.logits(s.x_eval, s.language_eval).argmax(-1)
+        for i, right, share in zip(places, (classes == s.labels_eval).numpy(), targets, strict=True):
+            found[i] = (right, None if silent else share)
+    return found
 
 
 def new_language(
     texts: Texts, s: Situation, seed: int, quick: bool
-) -> tuple[Student, int, Situation, Situation, Situation]:
+) -> tuple[Students, int, Situation, Situation, Situation]:
     """A student of all other languages and its nearest projection; the rows of `NEW` of which `NEW_ROWS` have labels,
     these alone, and all rows of all languages with no other labels of `NEW`.
     """
     language = texts.languages.index(NEW)
-    student, _ = fit(
-        s.select([i for i in range(len(texts.languages)) if i != language]), VARIANTS[UNIFORM], FIRST_STUDENT, seed
-    )
+    others = s.select([i for i in range(len(texts.languages)) if i != language])
+    student, _ = fit(others, [(VARIANTS[UNIFORM], VARIANTS[UNIFORM].settings()[1])], seed)
     rows = (s.language_ids == language).nonzero().squeeze(1)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     mix = replace(s, labels=s.labels.clone())
@@ -509,102 +281,98 @@ def new_language(
     new = replace(mix.select([language]), steps=40 if quick else 200)
     few = new.rows(new.labels >= 0)
     margins = []
-    with torch.no_grad():
-        for weight, bias in zip(student.weight, student.bias, strict=True):
-            logits = student.classifier(few.x + torch.tanh(few.x @ weight + bias))
-            margins.append(float(statistics(logits.unsqueeze(0), few.labels, "label_margin").margins.mean()))
+    for like in range(len(texts.languages) - 1):
+        logits = student.logits(few.x, torch.full_like(few.labels, like))
+        margins.append(float(statistics(logits, few.labels, "label_margin").margins.mean()))
     return student, int(np.argmax(margins)), new, few, mix
 
 
-Tried = dict[str, list[tuple[np.ndarray, float]]]
-Settings = dict[str, list[dict[str, Any]]]
-
-
 def run_seed(
-    texts: Texts, name: str, tried: Settings, seed: int, test: bool, quick: bool
-) -> tuple[Tried, np.ndarray, list[float]]:
-    """Right answers and right targets of each setting of each variant; concepts of the answers; teachers' accuracy."""
+    texts: Texts, name: str, wanted: Sequence[tuple[str, Setting]], seed: int, test: bool, quick: bool
+) -> tuple[Found, dict[str, np.ndarray], np.ndarray, list[float]]:
+    """What was asked for; right answers of what has no settings; concepts of the answers; teachers' accuracy."""
     s = draw(texts, DESIGNS[name], seed, test, quick)
-    found: Tried = {variant: [] for variant in tried}
     if name != NEW_LANGUAGE:
-        for variant, places in tried.items():
-            for setting in places:
-                student, targets = fit(s, VARIANTS[variant], setting, seed)
-                found[variant].append((right_of(student, s), targets))
-        return found, s.concepts_eval, s.teacher_accuracy
+        asked = [(VARIANTS[variant], setting) for variant, setting in wanted]
+        return answers(s, asked, seed), {}, s.concepts_eval, s.teacher_accuracy
     base, nearest, new, few, mix = new_language(texts, s, seed, quick)
     language = texts.languages.index(NEW)
-    for variant, places in tried.items():
-        if variant not in NEW_VARIANTS:
-            continue
-        how, unlabelled, whole = NEW_VARIANTS[variant]
-        for setting in places:
-            if whole:
-                student, targets = fit(mix, how, setting, seed, base.with_language(nearest, language))
-                right = right_of(student, mix)[(s.language_eval == language).numpy()]
-            else:
-                start = base.with_language(nearest, None)
-                student, targets = fit(new if unlabelled else few, how, setting, seed, start, per_language=64)
-                right = right_of(student, new)
-            found[variant].append((right, targets))
     own = new.teacher_right[int(new.own[:, 0].int().argmax())].numpy()
-    if test:
-        found[NEAREST] = [(right_of(base.with_language(nearest, None), new), 0.0)]
-        found[OWN_TEACHER] = [(own, 0.0)]
-    return found, new.concepts_eval, [float(own.mean())]
+    start = base.copies(1, [nearest])
+    first = start.logits(new.x_eval, new.language_eval).argmax(-1)[0] == new.labels_eval
+    found: Found = [(np.array([]), None)] * len(wanted)
+    for unlabelled, whole in ((False, False), (True, False), (True, True)):
+        places = [i for i, (variant, _) in enumerate(wanted) if NEW_VARIANTS[variant][1:] == (unlabelled, whole)]
+        asked = [(NEW_VARIANTS[wanted[i][0]][0], wanted[i][1]) for i in places]
+        if whole:
+            every = list(range(len(texts.languages) - 1))
+            grown = base.copies(1, [*every[:language], nearest, *every[language:]])
+            here = (s.language_eval == language).numpy()
+            done = [(right[here], share) for right, share in answers(mix, asked, seed, grown)]
+        else:
+            done = answers(new if unlabelled else few, asked, seed, start, whole=False, per_language=64)
+        for i, answer in zip(places, done, strict=True):
+            found[i] = answer
+    return found, {NEAREST: first.numpy(), OWN_TEACHER: own}, new.concepts_eval, [float(own.mean())]
 
 
 def run_design(
-    texts: Texts, name: str, tried: Settings, tune: Sequence[int], seeds: Sequence[int], quick: bool
+    texts: Texts,
+    name: str,
+    tried: dict[str, list[Setting]],
+    tune: Sequence[int],
+    seeds: Sequence[int],
+    quick: bool,
 ) -> dict[str, Any]:
     """Chooses a setting of each variant on the seeds `tune`, then tests these on `seeds`."""
-    started, scores = time.time(), []
+    started = time.time()
+    wanted = [(variant, setting) for variant, places in tried.items() for setting in places]
+    scores = np.zeros(len(wanted))
     for seed in tune:
-        found = run_seed(texts, name, tried, seed, False, quick)[0]
-        scores.append({variant: [float(right.mean()) for right, _ in places] for variant, places in found.items()})
+        found = run_seed(texts, name, wanted, seed, False, quick)[0]
+        scores += [right.mean() / len(tune) for right, _ in found]
         print(f"  tuning seed {seed}: {time.time() - started:.0f} s", flush=True)
-    tuning = {
-        variant: [
-            dict(setting, accuracy=float(np.mean([s[variant][place] for s in scores])))
-            for place, setting in enumerate(places)
-        ]
-        for variant, places in tried.items()
-    }
-    best = {variant: int(np.argmax([place["accuracy"] for place in places])) for variant, places in tuning.items()}
+    tuning: dict[str, dict[str, float]] = {variant: {} for variant in tried}
+    best: dict[str, tuple[float, Setting]] = {}
+    for (variant, setting), score in zip(wanted, scores.tolist(), strict=True):
+        tuning[variant][settings(setting)] = score
+        if variant not in best or score > best[variant][0]:
+            best[variant] = (score, setting)
+    chosen = [(variant, setting) for variant, (_, setting) in best.items()]
     result: dict[str, Any] = {
-        "chosen": {variant: tried[variant][place] for variant, place in best.items()},
-        "tuning": tuning,
         "tuning_seeds": list(tune),
+        "chosen": {variant: settings(setting) for variant, setting in chosen},
+        "tuning": tuning,
     }
     if not seeds:
         return result
-    right: dict[str, list[np.ndarray]] = {}
-    targets: dict[str, list[float]] = {}
+    rights: dict[str, list[np.ndarray]] = {}
+    targets: dict[str, list[float | None]] = {}
     teachers, concepts = [], np.array([])
     for seed in seeds:
-        chosen = {variant: [setting] for variant, setting in result["chosen"].items()}
-        found, concepts, accuracy = run_seed(texts, name, chosen, seed, True, quick)
+        found, extra, concepts, accuracy = run_seed(texts, name, chosen, seed, True, quick)
         teachers.append(accuracy)
-        for variant, ((answers, share),) in found.items():
-            right.setdefault(variant, []).append(answers)
+        answered = {variant: answer for (variant, _), answer in zip(chosen, found, strict=True)}
+        for variant, (right, share) in (answered | {n: (r, None) for n, r in extra.items()}).items():
+            rights.setdefault(variant, []).append(right)
             targets.setdefault(variant, []).append(share)
         print(f"  seed {seed}: {time.time() - started:.0f} s", flush=True)
-    table = {variant: per_concept(np.stack(values), concepts) for variant, values in right.items()}
+    table = {variant: per_concept(np.stack(values), concepts) for variant, values in rights.items()}
     result["test"] = {
         variant: {
-            "accuracy": float(np.mean([values.mean() for values in right[variant]])),
-            "targets": float(np.mean(targets[variant])),
-            "per_seed": [float(values.mean()) for values in right[variant]],
+            "accuracy": float(np.mean([right.mean() for right in rights[variant]])),
+            "per_seed": [float(right.mean()) for right in rights[variant]],
+            "targets": None if None in targets[variant] else float(np.mean(targets[variant])),  # type: ignore[arg-type]
             "minus_uniform": interval(table[variant], table[UNIFORM]),
             "minus_labels": interval(table[variant], table[LABELS_ONLY]),
         }
-        for variant in right
+        for variant in rights
     }
     return result | {
         "seeds": list(seeds),
-        "held_out": [len(np.unique(concepts)), len(concepts)],
+        "held_out": {"concepts": len(np.unique(concepts)), "texts": len(concepts)},
         "teachers": np.mean(teachers, 0).tolist(),
-        "seconds": time.time() - started,
+        "seconds": round(time.time() - started),
     }
 
 
@@ -631,13 +399,16 @@ def interval(
     return {"points": float(100 * difference.mean(0).sum() / rows.sum()), "low": float(low), "high": float(high)}
 
 
-def show(result: dict[str, Any]) -> str:
-    """The table of a design, in Markdown."""
+def show(results: dict[str, dict[str, Any]]) -> str:
+    """The tables of all designs, in Markdown."""
+    return "\n\n".join(f"### {name.capitalize()}\n\n{table(result)}" for name, result in results.items())
+
+
+def table(result: dict[str, Any]) -> str:
     if "test" not in result:
         lines = ["| variant | accuracy on tuning concepts | settings |", "| --- | --- | --- |"]
-        for variant, places in result["tuning"].items():
-            best = max(places, key=lambda place: place["accuracy"])
-            lines.append(f"| {variant} | {100 * best['accuracy']:.2f} | {settings(best)} |")
+        for variant, chosen in result["chosen"].items():
+            lines.append(f"| {variant} | {100 * result['tuning'][variant][chosen]:.2f} | {chosen} |")
         return "\n".join(lines)
 
     def points(cell: dict[str, float]) -> str:
@@ -646,19 +417,30 @@ def show(result: dict[str, Any]) -> str:
     columns = ["variant", "accuracy", "minus uniform", "minus labels only", "targets", "chosen"]
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for variant, cell in result["test"].items():
-        chosen = result["chosen"].get(variant, {})
-        targets = f"{100 * cell['targets']:.1f}" if chosen.get("kd_weight") else ""
+        targets = "" if cell["targets"] is None else f"{100 * cell['targets']:.1f}"
         against = [points(cell[key]) for key in ("minus_uniform", "minus_labels")]
-        row = [variant, f"{100 * cell['accuracy']:.2f}", *against, targets, settings(chosen)]
+        row = [variant, f"{100 * cell['accuracy']:.2f}", *against, targets, result["chosen"].get(variant, "")]
         lines.append("| " + " | ".join(row) + " |")
-    shown = ", ".join(f"{100 * a:.1f}" for a in result["teachers"])
-    return "\n".join([*lines, f"\nTeachers, each in its own languages: {shown}."])
+    teachers = ", ".join(f"{100 * a:.1f}" for a in result["teachers"])
+    seeds = f"{len(result['tuning_seeds'])} seeds to choose on, {len(result['seeds'])} to test"
+    held_out = f"{result['held_out']['concepts']:,} held-out concepts ({result['held_out']['texts']:,} texts)"
+    return "\n".join([*lines, "", f"Teachers, each in its own languages: {teachers}. {seeds}, {held_out}."])
 
 
-def settings(chosen: dict[str, Any]) -> str:
+def settings(chosen: Setting) -> str:
     short = {"kd_weight": "kd", "beta": "β", "prior_temperature": "T", "gap_temperature": "gap"}
     left_out = {("prior_temperature", 1.0), ("gap_temperature", None), ("beta", INF)}
-    return ", ".join(f"{short[k]} {v:g}" for k, v in chosen.items() if k in short and (k, v) not in left_out)
+    return ", ".join(f"{short[k]} {v:g}" for k, v in chosen.items() if (k, v) not in left_out)
+
+
+def as_json(value: Any, depth: int = 3, margin: str = "") -> str:
+    """A line for each variant of each part of each design."""
+    if depth == 0 or not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    lines = [
+        f"{margin} {json.dumps(k, ensure_ascii=False)}: {as_json(v, depth - 1, margin + ' ')}" for k, v in value.items()
+    ]
+    return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
 
 
 def main() -> None:
@@ -678,8 +460,7 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="print the tables of such a file, and do nothing else")
     options = parser.parse_args()
     if options.show:
-        for name, result in json.loads(options.show.read_text(encoding="utf-8")).items():
-            print(f"\n### {name}\n\n{show(result)}")
+        print(show(json.loads(options.show.read_text(encoding="utf-8"))))
         return
     if options.encoder is None:
         parser.error("--encoder is needed")
@@ -693,12 +474,14 @@ def main() -> None:
         wanted = [n for n in table if options.variants is None or n in options.variants.split(";")]
         tried = {n: table[n].settings() for n in dict.fromkeys([LABELS_ONLY, UNIFORM, *wanted])}
         result = run_design(texts, name, tried, tune, seeds, options.quick)
-        result |= {"machine": machine(), "arguments": {k: str(v) for k, v in vars(options).items() if v is not None}}
-        print(show(result), flush=True)
+        title = name if options.data == "cldr_topic" else f"{name}, {Path(options.data).stem}"
+        given = {k: v for k, v in vars(options).items() if v is not None and k not in ("cache", "json")}
+        given |= {"encoder": Path(options.encoder).name, "data": Path(options.data).name}
+        result |= {"machine": machine(), "arguments": given}
+        print(show({title: result}), flush=True)
         if options.json:
             kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
-            title = name if options.data == "cldr_topic" else f"{name}, {Path(options.data).stem}"
-            options.json.write_text(json.dumps(kept | {title: result}, indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(as_json(kept | {title: result}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import run_in_two_processes
 from torch import Tensor
 
 from amtss_fast import AdaptiveStrategy, AMTSSStats, amtss_loss
@@ -123,6 +125,43 @@ def test_a_batch_counts_from_the_next_step_on_and_its_parts_add_up() -> None:
         adaptive.step()
     torch.testing.assert_close(parts.importance, whole.importance)
     torch.testing.assert_close(parts.language_weight, whole.language_weight)
+
+
+def trained(process: int = 0, processes: int = 1) -> AdaptiveStrategy:
+    """Told of held-out rows by the first process, then of every so many rows of three batches."""
+    adaptive = AdaptiveStrategy(K, L, importance_temperature=0.1, gap_temperature=0.1)
+    if process == 0:
+        stats, ids, mask, counts = batch(seed=9)
+        adaptive.start(stats.margins, ids, teacher_mask=mask, row_mask=counts)
+    adaptive.step()
+    rows = slice(process, None, processes)
+    for seed in range(3):
+        stats, ids, mask, counts = batch(seed=seed)
+        part = AMTSSStats(*(value[..., rows] for value in stats))
+        adaptive.update(part, ids[rows], teacher_mask=mask[:, rows], row_mask=counts[rows])
+        adaptive.step()
+    return adaptive
+
+
+def test_two_processes_have_the_shares_of_one(tmp_path: Path) -> None:
+    run_in_two_processes(
+        tmp_path,
+        f"""
+import torch
+from torch import distributed as dist
+from test_adaptive import trained
+dist.init_process_group("gloo")
+torch.save(trained(dist.get_rank(), dist.get_world_size()).state_dict(), {str(tmp_path)!r} + f"/{{dist.get_rank()}}.pt")
+dist.destroy_process_group()
+""",
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    one = trained().state_dict()
+    assert set(one) == set(first) == set(second)
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value)
+    assert (one["shares"].amax(0) - one["shares"].amin(0))[:3].min() > 0.3
 
 
 def test_memory() -> None:

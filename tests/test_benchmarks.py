@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import importlib.util
 import json
 import os
@@ -10,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_bert_config, tiny_tokenizer
 from transformers import BertModel
+
+from amtss_fast import AdaptiveStrategy, AMTSSForSequenceClassification, amtss_loss
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_loss.py"
 
@@ -99,6 +104,86 @@ def test_bench_linear(tmp_path: Path) -> None:
     assert figures["native"]["memory_mb"] < 0.8 * figures["torch"]["memory_mb"]
 
 
+def test_students_side_by_side_are_the_librarys_student_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    side = importlib.import_module("students")
+    torch.manual_seed(3)
+    n, n_languages, n_classes = 90, 3, 5
+    ids, truth = torch.arange(n) % n_languages, torch.randint(n_classes, (n,))
+    labels = truth.masked_fill(torch.rand(n) < 0.3, -1)
+    teachers = torch.randn(3, n, n_classes) + torch.tensor([3.0, 1.0, 0.0]).view(3, 1, 1) * torch.eye(n_classes)[truth]
+    student = AMTSSForSequenceClassification.from_encoder(
+        tiny_bert_config(), languages=["en", "sw", "tr"], num_labels=n_classes, classifier_dropout=0.0
+    ).eval()
+    student.encoder.requires_grad_(False)
+    tokens = torch.randint(300, (n, 7))
+    x = student.features(tokens, language_ids=ids).detach()
+    s = side.Situation(
+        x=x,
+        labels=labels,
+        truth=truth,
+        language_ids=ids,
+        teacher_logits=teachers,
+        calibration=(teachers[:, :30], truth[:30], ids[:30]),
+        own=torch.ones(3, n_languages, dtype=torch.bool),
+        x_eval=x,
+        labels_eval=truth,
+        language_eval=ids,
+        concepts_eval=None,
+        steps=40,
+        teacher_right=None,
+    )
+    variants = [
+        side.Variant(kd_weights=(0.3, 0.9), betas=(0.0, 0.2, side.INF)),
+        side.Variant("adaptive", betas=(0.5,), prior_temperatures=(0.1, 0.2)),
+        side.Variant("adaptive", betas=(2.0,), weighting="label_nll"),
+        side.Variant("adaptive", prior_temperatures=(side.INF,), gap_temperatures=(0.1,)),
+    ]
+    wanted = [(variant, setting) for variant in variants for setting in variant.settings()]
+    stack, targets = side.fit(s, wanted, 0, dropout=0.0)
+    together = stack.logits(x, ids)
+    assert targets[0] > targets[2]  # the best teacher of each row, and all alike
+    assert (together - together[0]).abs().amax((1, 2))[1:].min() > 0.01  # each is another student
+
+    for number, (variant, setting) in enumerate(wanted):
+        torch.manual_seed(0)
+        alone = copy.deepcopy(student)
+        alone.classifiers[0].load_state_dict(torch.nn.Linear(16, n_classes).state_dict())
+        adaptive = AdaptiveStrategy(
+            3,
+            n_languages,
+            importance_temperature=setting["prior_temperature"] if variant.prior == "adaptive" else None,
+            gap_temperature=setting["gap_temperature"],
+        )
+        options = {"temperature": side.TEMPERATURE, "weighting": variant.weighting, "return_stats": True}
+        adaptive.start(amtss_loss(teachers[0, :30], teachers[:, :30], truth[:30], **options)[1].margins, ids[:30])
+        adaptive.step()
+        optimizer = torch.optim.AdamW((p for p in alone.parameters() if p.requires_grad), 2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, s.steps)
+        for rows in side.batches(ids, n_languages, side.ROWS_PER_LANGUAGE, s.steps):
+            loss, stats = amtss_loss(
+                alone(tokens[rows], language_ids=ids[rows]).logits,
+                teachers[:, rows],
+                labels[rows],
+                weight_temperature=setting["beta"],
+                teacher_prior=adaptive.teacher_prior(ids[rows]),
+                sample_weight=adaptive.sample_weight(ids[rows]),
+                kd_weight=setting["kd_weight"],
+                ce_weight=1 - setting["kd_weight"],
+                **options,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            adaptive.update(stats, ids[rows], row_mask=labels[rows] >= 0)
+            adaptive.step()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                together[number], alone(tokens, language_ids=ids).logits, rtol=1e-3, atol=1e-3, msg=f"{setting}"
+            )
+
+
 def test_bench_quality(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
     BertModel(tiny_bert_config(num_hidden_layers=12), add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
@@ -119,3 +204,6 @@ def test_bench_quality(tmp_path: Path) -> None:
     assert abs(100 * difference - gain["points"]) < 1e-6
     assert len(found["uniform"]["per_seed"]) == 2
     assert "own teacher" in results["new language"]["test"]
+    shown = subprocess.run([*command[:2], "--show", str(figures)], capture_output=True, text=True, timeout=300)
+    assert shown.stdout.startswith("### Transfer\n\n| variant |"), shown.stderr
+    assert "\n### New language\n" in shown.stdout

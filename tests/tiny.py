@@ -102,10 +102,21 @@ def weights(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
+def run_in_two_processes(folder: Path, code: str) -> None:
+    """Runs Python code in two processes of `torch.distributed`; it finds the test modules."""
+    script = folder / "in_two_processes.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def weights_of_two_processes(folder: Path, module: str, trainer: str) -> torch.Tensor:
     """The weights after training in two processes; `trainer` is an expression that makes one in a test module."""
-    script, file = folder / "train.py", folder / "weights.pt"
-    script.write_text(
+    file = folder / "weights.pt"
+    run_in_two_processes(
+        folder,
         f"""
 import torch
 from pathlib import PosixPath
@@ -116,11 +127,7 @@ trainer.train()
 assert trainer.args.world_size == 2
 if trainer.is_world_process_zero():
     torch.save(weights(trainer), {str(file)!r})
-"""
+""",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
     saved: torch.Tensor = torch.load(file, weights_only=True)
     return saved
