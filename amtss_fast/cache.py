@@ -28,6 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from amtss_fast.files import publish, write_atomically
 from amtss_fast.quantization import QuantizedLogits, quantize_logits
 from amtss_fast.teachers import TeacherPool
 
@@ -106,7 +107,8 @@ class CacheEntry:
             logits: gives float32 logits [n, C] of n rows of the split.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "key.json", json.dumps(self._full_key, indent=1).encode())
+        key = self.folder / "key.json"
+        write_atomically(key, json.dumps(self._full_key, indent=1), _partial(key))
         for partial in self.folder.glob(f"*.{socket.gethostname()}-*.partial"):
             if not _alive(int(partial.name.split("-")[-1].split(".")[0])):
                 partial.unlink(missing_ok=True)
@@ -191,8 +193,9 @@ class CacheEntry:
         digest = _sha256(partial)
         # The old checksum goes first: at no moment does it stand beside another shard.
         file.with_suffix(".json").unlink(missing_ok=True)
-        _publish(partial, file)
-        _write(file.with_suffix(".json"), json.dumps({"sha256": digest}).encode())
+        publish(partial, file)
+        checksum = file.with_suffix(".json")
+        write_atomically(checksum, json.dumps({"sha256": digest}), _partial(checksum))
 
     def _differences(self) -> str:
         others = sorted((self.root / self.teacher).glob(f"{self.split}-*/key.json"), key=os.path.getmtime)
@@ -348,16 +351,3 @@ def _alive(process: int) -> bool:
 def _partial(file: Path) -> Path:
     # Two machines may write the same shard; each has a name of its own until it is whole.
     return file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
-def _publish(partial: Path, file: Path) -> None:
-    """The data reaches the disk before the name does."""
-    with open(partial, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-
-
-def _write(file: Path, data: bytes) -> None:
-    partial = _partial(file)
-    partial.write_bytes(data)
-    _publish(partial, file)

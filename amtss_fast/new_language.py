@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from amtss_fast.config import RunConfig, load_config, parse_config
 from amtss_fast.data import IGNORE_INDEX, DistillationCollator, encode, keep_labels, split_data
 from amtss_fast.evaluation import evaluate
+from amtss_fast.files import write_atomically
 from amtss_fast.loss import amtss_loss
 from amtss_fast.report import STUDENT, TEACHER, write_report
-from amtss_fast.run import load_run_data, nest, write_atomically
+from amtss_fast.run import load_run_data, nest
 from amtss_fast.student import AMTSSForSequenceClassification, load_tokenizer
 from amtss_fast.teachers import TeacherPool, load_teacher
 from amtss_fast.trainer import UNLABELED_INDEX, AMTSSTrainer, AMTSSTrainingArguments

@@ -13,7 +13,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,8 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from amtss_fast.files import write_atomically
 
 STUDENT, BASELINE, TEACHER = "student", "labels only", "teacher:"
 
@@ -152,12 +153,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     page = _page(run)
     path = run.path / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, page)
     return path
 
 

@@ -42,6 +42,7 @@ from amtss_fast.cache import ROW, CachedTeachers, CacheEntry, default_format, fi
 from amtss_fast.config import CacheConfig, MemoryConfig, ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.data import DistillationCollator, encode, keep_labels, load_data, split_data
 from amtss_fast.evaluation import evaluate, evaluate_tokens
+from amtss_fast.files import write_atomically
 from amtss_fast.int8 import choose_engine
 from amtss_fast.linear_ops import default_chunk_rows
 from amtss_fast.loss import amtss_loss
@@ -144,13 +145,6 @@ def check_teachers(
             raise FileNotFoundError(f"teacher {teacher.name!r} is not trained yet: no {folder}")
     disable_progress_bar()
     return run.check_teachers(precisions, rows, batch_size)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds all of `text` or what it held before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _prepare(folder: Path, config: RunConfig, overwrite: bool, resume: bool) -> None:

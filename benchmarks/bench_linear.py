@@ -28,6 +28,7 @@ from cases import TEMPERATURE, default_device, machine, peak_memory, plain, time
 from torch import Tensor
 
 from amtss_fast import linear_amtss_loss
+from amtss_fast.files import write_atomically
 
 Row = dict[str, str | int | float]
 
@@ -233,7 +234,7 @@ def main() -> None:
         if args.json.exists():
             measured = {row["case"] for row in rows}
             rows = [row for row in json.loads(args.json.read_text())["rows"] if row["case"] not in measured] + rows
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        write_atomically(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

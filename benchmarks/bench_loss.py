@@ -38,6 +38,8 @@ from cases import (
     time_interleaved,
 )
 
+from amtss_fast.files import write_atomically
+
 Row = dict[str, str | int | float]
 
 
@@ -148,10 +150,8 @@ def main() -> None:
             figures = (f"{value:9.3f}" for key, value in row.items() if isinstance(value, float))
             print(f"{row['case']:32} {row['rival']:>9}", *figures, flush=True)
         if args.json:
-            # After every case and in one piece, so that a run that was stopped can be resumed.
-            unfinished = args.json.with_suffix(".tmp")
-            unfinished.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-            unfinished.replace(args.json)
+            # After every case, so that a run that was stopped can be resumed.
+            write_atomically(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
     if args.picture:
         draw(rows, about, args.picture)

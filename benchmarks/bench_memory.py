@@ -26,6 +26,7 @@ from cases import machine
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from amtss_fast.data import load_data
+from amtss_fast.files import write_atomically
 from amtss_fast.run import train_tokenizer
 
 # The first leaves everything as it was.
@@ -133,7 +134,7 @@ def main() -> None:
             print(*(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     if args.json:
         size = {name: getattr(args, name) for name in ("vocab_size", "width", "layers", "batch")}
-        args.json.write_text(json.dumps({"machine": about, **size, "rows": rows}, indent=1) + "\n")
+        write_atomically(args.json, json.dumps({"machine": about, **size, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amtss_fast._triton import common, config, launch
+from amtss_fast.files import write_atomically
 from amtss_fast.ops import Arguments
 
 
@@ -316,10 +317,8 @@ def predict(targets: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def write_json(rows: list[dict[str, Any]], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
     # A row per line: what a new version changes is seen.
-    temporary.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    os.replace(temporary, path)
+    write_atomically(path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 if __name__ == "__main__":
