@@ -86,7 +86,7 @@ def die_in_the_second_shard(entry: CacheEntry, moment: str) -> None:
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    publish, write = cache._publish, cache._write
+    publish, write = cache.publish, cache.write_atomically
 
     def dying_publish(partial: Path, file: Path) -> None:
         if file.name == "shard-00001.arrow":
@@ -97,14 +97,14 @@ def die_in_the_second_shard(entry: CacheEntry, moment: str) -> None:
                 kill()
         publish(partial, file)
 
-    def dying_write(file: Path, data: bytes) -> None:
+    def dying_write(file: Path, data: str, partial: Path) -> None:
         if file.name == "shard-00001.json":
             if moment == "in the checksum":
-                cache._partial(file).write_bytes(data[:5])
+                partial.write_text(data[:5])
             kill()
-        write(file, data)
+        write(file, data, partial)
 
-    cache._publish, cache._write = dying_publish, dying_write
+    cache.publish, cache.write_atomically = dying_publish, dying_write
     entry.compute(logits)
 
 
