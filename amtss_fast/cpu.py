@@ -32,6 +32,12 @@ def why_missing() -> str | None:
     return _MISSING
 
 
+def release_memory() -> None:
+    """Hands the memory kept for the next large gradient back to the system."""
+    if _MISSING is None:
+        _cpu.release_memory()
+
+
 def instruction_set() -> str:
     """The instruction set in use: the best of the machine, or what AMTSS_CPU_ISA names."""
     return str(_cpu.instruction_set())
@@ -90,7 +96,11 @@ def amtss_loss(given: Arguments) -> Outputs:
     per_row = given.reduction == "none"
     loss = torch.empty(n_rows if per_row else ())
     grad_type = gradient_dtype(student)
-    grad = torch.empty((n_rows, n_classes) if given.need_grad else 0, dtype=grad_type)
+    if given.need_grad and n_rows * n_classes * grad_type.itemsize >= _cpu.large_gradient:
+        # Not torch's memory: fresh pages would take longer than the loss.
+        grad = _cpu.gradient(n_rows, n_classes, _TYPES[grad_type])
+    else:
+        grad = torch.empty((n_rows, n_classes) if given.need_grad else 0, dtype=grad_type)
     stats = [torch.empty(n_teachers, n_rows) for _ in range(3)] + [torch.empty(n_rows)] if given.need_stats else []
 
     fault = _cpu.loss(

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from amtss_fast import cpu
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # What a plan may be expected to need of the budget: the rest is for what it does not see, such as an allocator's holes.
 _FILL = 0.92
@@ -101,6 +103,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
 def give_back() -> None:
     """Hands what nobody uses back to the system, where the C library can."""
     gc.collect()
+    cpu.release_memory()
     if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -269,6 +269,31 @@ def test_more_than_two_billion_logits() -> None:
 # ---- what it costs
 
 
+def test_memory_of_large_gradients_is_used_again() -> None:
+    case = make_case(400, 3000, 2)
+    small = make_case(400, 2000, 2)
+
+    def gradient(case: Case) -> torch.Tensor:
+        student = case.student.detach().requires_grad_()
+        amtss_loss(student, case.teachers, case.labels, backend="cpu").backward()
+        assert student.grad is not None
+        return student.grad
+
+    first = gradient(case)
+    values, place = first.clone(), first.data_ptr()
+    second = gradient(case)
+    assert second.data_ptr() != place
+    torch.testing.assert_close([first, second], [values] * 2, rtol=0, atol=0)
+    del first
+    third = gradient(case)
+    assert third.data_ptr() == place
+    torch.testing.assert_close([second, third], [values] * 2, rtol=0, atol=0)
+    del third
+    assert gradient(small).data_ptr() != place, "too small for the kernel's own memory"
+    cpu.release_memory()
+    torch.testing.assert_close(gradient(case), values, rtol=0, atol=0)
+
+
 def check_memory() -> None:
     """Run in a process of its own: the high-water mark is the process's."""
     torch.set_num_threads(2)

@@ -1,7 +1,5 @@
 #include "core.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -10,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "memory.h"
 #include "threads.h"
 
 namespace amtss {
@@ -17,8 +16,6 @@ namespace {
 
 // A call with fewer logits than this is over before a second thread would have woken up.
 constexpr int64_t logits_worth_a_thread = 1 << 15;
-// From this size on, writing around the cache beats writing through it.
-constexpr int64_t streaming_bytes = 4 << 20;
 // Sums of rows are added up in this many parts at most, always the same ones.
 constexpr int64_t max_parts = 512;
 
@@ -63,17 +60,6 @@ int64_t rows_that_count(const Problem& p) {
     return p.rows - std::count(p.labels, p.labels + p.rows, p.ignore_index);
 }
 
-// Fresh memory comes page by page on first touch, which takes longer than the loss itself: ask for large pages.
-void want_large_pages(void* memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 4096;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-    // A hint: where the system has none to give, nothing but time is lost.
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 const Kernel* const* supported_kernels() {
@@ -95,8 +81,7 @@ Outcome run(const Kernel& kernel, Problem& p, double divisor, float* loss, int t
     if (std::isnan(divisor)) divisor = double(std::max<int64_t>(1, rows_that_count(p)));
     p.gradient_scale = float(1 / divisor);
     const int64_t gradient_bytes = p.gradient ? p.rows * p.classes * (p.gradient_type == Type::f32 ? 4 : 2) : 0;
-    p.stream = gradient_bytes >= streaming_bytes;
-    if (p.stream) want_large_pages(p.gradient, gradient_bytes);
+    p.stream = gradient_bytes >= large_gradient;
 
     const int64_t tile = kernel.tile(p), tiles = (p.rows + tile - 1) / tile;
     const int64_t part = (tiles + max_parts - 1) / max_parts * tile;

@@ -9,6 +9,9 @@
 //   combine   the gradient, from the exponentials that `measure` kept, or from new ones where a row is too long.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "core.h"
 #include "simd.h"
 
@@ -23,7 +26,6 @@ constexpr float infinity = __builtin_inff(), nan = __builtin_nanf("");
 constexpr int64_t block = 128 * W;
 // Up to this many classes a lane holds a row.
 constexpr int64_t few_classes = 32;
-static_assert(block % 32 == 0);
 
 // A whole vector of a row, or its last elements.
 struct Whole {};
@@ -68,7 +70,7 @@ inline void clear(Arrays&... arrays) {
 
 // ---- exp and log
 
-// e^(x / tau) = 2^(x (hi + lo)) for x <= 0; below `low` it is 0 in float.
+// e^(x / tau) = 2^(x (hi + lo)); below `low` it is 0 in float.
 struct Exponent {
     float hi, lo, low;
 
@@ -80,18 +82,11 @@ struct Exponent {
     }
 };
 
-// e^(x / tau) for x <= 0, within 1.4 ulp (subnormal results included); 0 at -inf, NaN at NaN.
+// e^(x / tau) for x up to 40 tau, within 1.8 ulp (subnormal results included); 0 at -inf, NaN at NaN.
 inline vf exp(vf x, const Exponent& e) {
     x = max(set(e.low), x);
     const vf t = fma(x, set(e.hi), set(magic));
-    const vf f = reduce(x, e.hi, e.lo, t - magic);
-    vf p = fma(f, set(0x1.41fb2ep-13f), set(0x1.5f3f30p-10f));
-    p = fma(f, p, set(0x1.3b2d50p-7f));
-    p = fma(f, p, set(0x1.c6aee6p-5f));
-    p = fma(f, p, set(0x1.ebfbdcp-3f));
-    p = fma(f, p, set(0x1.62e430p-1f));
-    p = fma(f, p, set(1));
-    return scale(p, t);
+    return power(reduce(x, e.hi, e.lo, t - magic), t);
 }
 
 inline float exp(float x, const Exponent& e) { return exp(set(x), e)[0]; }
@@ -210,33 +205,40 @@ inline Top merge(Top a, Top b) {
     return {a.first > b.first ? a.first : b.first, smaller > second ? smaller : second};
 }
 
+// The largest logits of each lane: the largest, or the two largest.
+struct Best {
+    vf first = set(-infinity);
+
+    void take(vf v) { first = max(first, v); }
+    Top top() const { return {largest_lane(first), -infinity}; }
+};
 struct BestTwo {
     vf first = set(-infinity), second = first;
+
     void take(vf v) {
         second = max(second, min(first, v));
         first = max(first, v);
     }
+    void take(const BestTwo& other) {
+        take(other.first);
+        second = max(second, other.second);
+    }
+    Top top() const {
+        float firsts[W], seconds[W];
+        store(firsts, first);
+        store(seconds, second);
+        Top top = {-infinity, -infinity};
+        for (int lane = 0; lane < W; lane++) top = merge(top, {firsts[lane], seconds[lane]});
+        return top;
+    }
 };
 
 template <class T>
-inline Top two_largest(const Row<T>& x, int64_t n) {
-    BestTwo best;
-    sweep(n, [&](int64_t i, auto part) { best.take(load(x, i, part)); });
-    float firsts[W], seconds[W];
-    store(firsts, best.first);
-    store(seconds, best.second);
-    Top top = {-infinity, -infinity};
-    for (int lane = 0; lane < W; lane++) top = merge(top, {firsts[lane], seconds[lane]});
-    return top;
-}
-
-template <class T>
 inline float largest(const Row<T>& x, int64_t n) {
-    vf even = set(-infinity), odd = even;
-    sweep_pairs(even, odd, n, [&](vf& best, int64_t i, auto part) { best = max(best, load(x, i, part)); });
-    float lane[W];
-    store(lane, max(even, odd));
-    return reduce_lanes(lane, [](float a, float b) { return a > b ? a : b; });
+    Best even, odd;
+    sweep_pairs(even, odd, n, [&](Best& best, int64_t i, auto part) { best.take(load(x, i, part)); });
+    even.take(odd.first);
+    return even.top().first;
 }
 
 // The bits of bfloat16, read as an integer with all but the sign flipped where that is set, are in the numbers' order, and
@@ -267,43 +269,63 @@ struct Ahead {
     void fetch(int64_t i) const { __builtin_prefetch(p + i * size); }
 };
 
-// y = e^((x - origin) / tau); returns their sum.
-template <class T>
-inline float exp_block(Row<T> x, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
-    vf even = {}, odd = {};
-    sweep_pairs(even, odd, n, [&](vf& z, int64_t i, auto part) {
-        ahead.fetch(i);
-        const vf v = exp(load(x, i, part) - origin, e);
-        z += v;
-        store(y + i, v, part);
-    });
-    return sum(even + odd);
-}
-
+// What has been added up of a block, and its largest logits: of only one, the second is -inf.
 struct Sums {
     float z, d;
+    Top top;
 };
 
-// The same for a teacher, with D against the student's logits s. `masked`: 0 log 0 = 0, also where the student's logit is
-// -inf; otherwise d is NaN there, and the same bits where there are none.
-template <bool masked, class T>
-inline Sums divergence_block(Row<T> x, const float* s, float* y, int64_t n, float origin, float student_origin,
-                             Exponent e, Ahead ahead) {
-    struct {
-        vf z = {}, d = {};
-    } even, odd;
-    sweep_pairs(even, odd, n, [&](auto& sums, int64_t i, auto part) {
+template <class Best>
+struct Lanes {
+    vf z = {}, d = {};
+    Best best;
+};
+
+inline Sums add_up(const Lanes<Best>& even, const Lanes<Best>& odd) {
+    Best best = even.best;
+    best.take(odd.best.first);
+    return {sum(even.z + odd.z), sum(even.d + odd.d), best.top()};
+}
+inline Sums add_up(const Lanes<BestTwo>& even, const Lanes<BestTwo>& odd) {
+    BestTwo best = even.best;
+    best.take(odd.best);
+    return {sum(even.z + odd.z), sum(even.d + odd.d), best.top()};
+}
+
+// a = x - origin, y = e^(a / tau). `a` may be the memory of x, where the origin is 0.
+template <class Best, class T>
+[[gnu::flatten]] inline Sums exp_block(Row<T> x, float* a, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
+    Lanes<Best> even, odd;
+    sweep_pairs(even, odd, n, [&](Lanes<Best>& sums, int64_t i, auto part) {
         ahead.fetch(i);
-        const vf a = load(x, i, part) - origin, b = load(s + i, part, student_origin) - student_origin;
+        const vf logit = load(x, i, part), shifted = logit - origin;
+        const vf v = exp(shifted, e);
+        sums.z += v;
+        sums.best.take(logit);
+        store(a + i, shifted, part);
+        store(y + i, v, part);
+    });
+    return add_up(even, odd);
+}
+
+// The same for a teacher, with D against the student's logits less their origin, b. `masked`: 0 log 0 = 0, also where the
+// student's logit is -inf; otherwise d is NaN there, and the same bits where there are none.
+template <bool masked, class Best, class T>
+[[gnu::flatten]] inline Sums divergence_block(Row<T> x, const float* b, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
+    Lanes<Best> even, odd;
+    sweep_pairs(even, odd, n, [&](Lanes<Best>& sums, int64_t i, auto part) {
+        ahead.fetch(i);
+        const vf logit = load(x, i, part), a = logit - origin;
         const vf v = exp(a, e);
-        vf difference = a - b;
+        vf difference = a - load(b + i, part, 0);
         // Lanes behind the last one hold -inf.
         if (masked || is_part(part)) difference = v != 0 ? difference : vf{};
         sums.z += v;
         sums.d = fma(v, difference, sums.d);
+        sums.best.take(logit);
         store(y + i, v, part);
     });
-    return {sum(even.z + odd.z), sum(even.d + odd.d)};
+    return add_up(even, odd);
 }
 
 // The exponentials of a block: kept ones, or new ones from the logits.
@@ -351,28 +373,62 @@ inline void add_block(float* g, int64_t n, bool first, Term<Sources>... terms) {
     });
 }
 
-// g = term - g. The product is rounded like that of a first term: where the student equals its teacher, g becomes 0.
-template <class Source>
-inline void subtract_from_block(float* g, int64_t n, Term<Source> term) {
-    sweep(n, [=](int64_t i, auto part) {
-        store(g + i, term.factor * term.e(i, part) - load(g + i, part, 0), part);
+// Where a gradient is written: to memory, or past the cache, for which vectors begin at multiples of their size.
+struct Stored {
+    float* to;
+
+    template <class F>
+    void sweep(int64_t n, F f) const {
+        ::sweep(n, f);
+    }
+    template <class Size>
+    void operator()(int64_t i, vf v, Size part) const {
+        store(to + i, v, part);
+    }
+};
+struct Streamed {
+    float* to;
+
+    template <class F>
+    void sweep(int64_t n, F f) const {
+        const int64_t before = std::min<int64_t>(-((uintptr_t)to / sizeof(float)) % W, n);
+        if (before) f(0, Part{int(before)});
+        ::sweep(n - before, [=](int64_t i, auto part) { f(before + i, part); });
+    }
+    void operator()(int64_t i, vf v, Whole) const { stream(to + i, v); }
+    void operator()(int64_t i, vf v, Part part) const { store(to + i, v, part); }
+};
+
+// As bfloat16, whole vectors at a time: there has to be room behind the last one.
+struct Narrowed {
+    uint16_t* to;
+
+    template <class F>
+    void sweep(int64_t n, F f) const {
+        ::sweep(n, f);
+    }
+    template <class Size>
+    void operator()(int64_t i, vf v, Size) const {
+        const vu16 narrow = narrow_bf16(v);
+        __builtin_memcpy(to + i, &narrow, sizeof narrow);
+    }
+};
+
+// out = own - (g + the sum of the terms), or without g. The product is rounded like that of a first term: where the student
+// equals its teacher, this is 0.
+template <class Out, class Source, class... Sources>
+inline void finish_block(Out out, const float* g, int64_t n, bool first, Term<Source> own, Term<Sources>... terms) {
+    out.sweep(n, [=](int64_t i, auto part) {
+        vf v = first ? vf{} : load(g + i, part, 0);
+        ((v = fma(set(terms.factor), terms.e(i, part), v)), ...);
+        out(i, own.factor * own.e(i, part) - v, part);
     });
 }
 
-// Writes n gradients in their own type. Streaming writes go around the cache.
-inline void write_block(const float* g, void* out, Type type, int64_t n, bool streaming, uint16_t* narrow) {
-    const char* from = (const char*)g;
-    int64_t bytes = n * 4;
-    if (type == Type::bf16) {
-        int64_t i = 0;
-        for (; i < n; i += W) {
-            const vu16 v = narrow_bf16(load(g + i));
-            __builtin_memcpy(narrow + i, &v, sizeof v);
-        }
-        from = (const char*)narrow;
-        bytes = n * 2;
-    }
-    char* const to = (char*)out;
+// Copies to a gradient. Streaming writes go around the cache.
+inline void copy_out(const void* source, void* target, int64_t bytes, bool streaming) {
+    const char* const from = (const char*)source;
+    char* const to = (char*)target;
     int64_t done = streaming ? -(uintptr_t)to % sizeof(vf) : 0;
     if (done > bytes) done = bytes;
     __builtin_memcpy(to, from, done);
@@ -386,9 +442,16 @@ inline void write_block(const float* g, void* out, Type type, int64_t n, bool st
     __builtin_memcpy(to + done, from + done, bytes - done);
 }
 
-inline float sum_block(const float* x, int64_t n, float origin) {
+// Writes n gradients in their own type, those of bfloat16 by way of `narrow`.
+inline void write_block(const float* g, void* out, Type type, int64_t n, bool streaming, uint16_t* narrow) {
+    if (type == Type::f32) return copy_out(g, out, n * 4, streaming);
+    for (int64_t i = 0; i < n; i += W) Narrowed{narrow}(i, load(g + i), Whole{});
+    copy_out(narrow, out, n * 2, streaming);
+}
+
+inline float sum_block(const float* x, int64_t n) {
     vf even = {}, odd = {};
-    sweep_pairs(even, odd, n, [&](vf& total, int64_t i, auto part) { total += load(x + i, part, origin) - origin; });
+    sweep_pairs(even, odd, n, [&](vf& total, int64_t i, auto part) { total += load(x + i, part, 0); });
     return sum(even + odd);
 }
 
@@ -397,7 +460,7 @@ inline float sum_block(const float* x, int64_t n, float origin) {
 // Sums of one row so far; the exponentials in them are those of logits less `origin`.
 struct Running {
     Top top = {-infinity, -infinity};
-    float origin = 0;  // the maximum so far, or 0 while that is -inf
+    float origin = 0;  // a maximum so far, or 0 while that is -inf
     double z = 0, d = 0;
 
     // Moves the origin to the maximum so far; the student's has moved by `student_shift`. Returns own shift.
@@ -448,7 +511,8 @@ struct Plan {
     int64_t tensors;   // the student and the teachers
     int64_t lanes;     // of a column in scratch, in floats
     int64_t width;     // of a row in scratch, in floats
-    int64_t blocks;    // of a row
+    int64_t span;      // of a block, in classes
+    int64_t blocks;    // of a row, and one more
 
     explicit Plan(const Problem& p) {
         tensors = 1 + p.teachers;
@@ -456,7 +520,10 @@ struct Plan {
         const int64_t group_bytes = sizeof(Rows) + tensors * sizeof(Measured);
         const int64_t free = scratch_bytes - tensors * sizeof(Running) - 4 * block * sizeof(float) - 1024;
         width = (p.classes + W - 1) / W * W;
-        blocks = p.classes / block + 2;
+        // All blocks of a row are about as long, so that as much of the next one is fetched as there is of it.
+        const int64_t least = (p.classes + block - 1) / block;
+        span = ((p.classes + least - 1) / least + 2 * W - 1) / (2 * W) * (2 * W);
+        blocks = (p.classes + span - 1) / span + 1;
         const int64_t row_bytes = (tensors + apart) * (width + blocks) * sizeof(float);
         keep = p.gradient && row_bytes <= free - group_bytes;
         // Several groups hide each other's latencies, as long as their columns stay in the first-level cache.
@@ -479,6 +546,7 @@ struct Worker {
     const Plan plan;
     const Exponent soft, sharp;  // at the temperature, at 1
     const float inverse_tau;
+    const float slack;  // how far above its origin a logit may lie: its exponential is 2^8 at most
 
     int64_t begin;  // of the tile
     int rows;       // of the tile
@@ -492,7 +560,8 @@ struct Worker {
     float* origins;  // [tile, tensors + apart, blocks]: what was subtracted from the logits of a kept block
 
     Worker(const Problem& problem, char* memory)
-        : p(problem), plan(problem), soft(p.temperature), sharp(1), inverse_tau(float(1 / p.temperature)) {
+        : p(problem), plan(problem), soft(p.temperature), sharp(1), inverse_tau(float(1 / p.temperature)),
+          slack(8 / std::max(soft.hi, plan.apart ? sharp.hi : 0.0f)) {
         const auto take = [&](int64_t bytes) {
             char* taken = memory;
             memory += (bytes + 63) / 64 * 64;
@@ -515,17 +584,9 @@ struct Worker {
     float* kept_origins(int lane, int64_t j) const {
         return origins + (lane * (plan.tensors + plan.apart) + j) * plan.blocks;
     }
-    // Blocks end where the gradient's flat index is a multiple of 32, so that writes around the cache fill whole lines.
-    int64_t block_end(int64_t n, int64_t from) const {
-        const int64_t end = from + block - (n * p.classes + from) % 32;
-        return end < p.classes ? end : p.classes;
-    }
-
-    int64_t count_blocks(int64_t n) const {
-        int64_t b = 0;
-        for (int64_t from = 0; from < p.classes; from = block_end(n, from)) b++;
-        return b;
-    }
+    // To which the exponentials of all blocks are moved in the end.
+    float& last_origin(int lane, int64_t j) const { return kept_origins(lane, j)[plan.blocks - 1]; }
+    int64_t block_end(int64_t from) const { return std::min(from + plan.span, p.classes); }
 
     // The block that begins at column c of row n, or where row n + 1 begins.
     Ahead ahead(int64_t j, int64_t n, int64_t c) const {
@@ -624,44 +685,73 @@ void Worker::measure_row(int lane) {
     double cross_z = 0, cross_sum = 0;
     Running& s = running[0];
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
-        end = block_end(n, from);
+        end = block_end(from);
         const int64_t count = end - from;
         // The second largest logit is asked for only beside the label, or where there is none.
         const bool two = label < end && (label >= from || label < 0);
-        const auto note_largest = [&](const auto& x, Top& top) {
-            top = merge(top, two ? two_largest(x, count) : Top{largest(x, count), -infinity});
+        // What f(best, origin) adds up of the block x. The origin is a maximum of earlier blocks as long as no logit lies far
+        // above it, so that only the first block has to be read for its maximum beforehand.
+        const auto measure = [&](Running& t, const auto& x, auto f) {
+            const auto add_up = [&] { return two ? f(BestTwo{}, t.origin) : f(Best{}, t.origin); };
+            if (t.top.first == -infinity) {
+                t.top.first = largest(x, count);
+                t.rebase(0, soft);
+                t.top.first = -infinity;
+            }
+            Sums sums = add_up();
+            t.top = merge(t.top, sums.top);
+            if (sums.top.first - t.origin > slack || std::fabs(sums.d) == infinity) {
+                t.rebase(0, soft);
+                sums = add_up();
+            }
+            return sums;
         };
         const auto exponentials = [&](int64_t j, float origin) -> float* {
             if (!plan.keep) return fresh;
             kept_origins(lane, j)[b] = origin;
             return kept_row(lane, j) + from;
         };
-        const float* const x = read(p.student, n, from, count, student);
-        const Row<float> logits = {x, 1, 0, 0};
-        note_largest(logits, s.top);
-        const double student_shift = s.rebase(0, soft);
-        s.z += exp_block(logits, exponentials(0, s.origin), count, s.origin, soft, ahead(0, n, end));
+        const float before = s.origin;
+        s.z += with_block(p.student, n, from, count, teacher, [&](const auto& x) {
+            return measure(s, x, [&](auto best, float origin) {
+                return exp_block<decltype(best)>(x, student, exponentials(0, origin), count, origin, soft, ahead(0, n, end));
+            });
+        }).z;
+        const double student_shift = double(before) - s.origin;
         if (cross) {
             if (cross_z != 0) cross_z *= exp(float(student_shift), sharp);
-            cross_sum += student_shift * from + sum_block(x, count, s.origin);
+            cross_sum += student_shift * from + sum_block(student, count);
             if (plan.apart)
-                cross_z += exp_block(logits, exponentials(plan.tensors, s.origin), count, s.origin, sharp, ahead(0, n, end));
+                cross_z += exp_block<Best>(Row<float>{student, 1, 0, 0}, student, exponentials(plan.tensors, s.origin), count, 0,
+                                     sharp, ahead(0, n, end)).z;
         }
         for (int64_t j = 1; j < plan.tensors; j++) {
             if (tensor[j].alpha[lane] == 0) continue;
             Running& t = running[j];
-            const Sums sums = with_block(matrix(j), n, from, count, teacher, [&](const auto& y) {
-                note_largest(y, t.top);
-                t.rebase(student_shift, soft);
-                float* const e = exponentials(j, t.origin);
-                const Ahead next = ahead(j, n, end);
-                const Sums sums = divergence_block<false>(y, x, e, count, t.origin, s.origin, soft, next);
-                return sums.d == sums.d ? sums
-                                        : divergence_block<true>(y, x, e, count, t.origin, s.origin, soft, next);
+            if (student_shift != 0) t.rebase(student_shift, soft);
+            const Sums sums = with_block(matrix(j), n, from, count, teacher, [&](const auto& x) {
+                return measure(t, x, [&](auto best, float origin) {
+                    float* const e = exponentials(j, origin);
+                    const Ahead next = ahead(j, n, end);
+                    using Of = decltype(best);
+                    const Sums sums = divergence_block<false, Of>(x, student, e, count, origin, soft, next);
+                    return sums.d == sums.d ? sums : divergence_block<true, Of>(x, student, e, count, origin, soft, next);
+                });
             });
             t.z += sums.z;
             t.d += sums.d;
         }
+    }
+    // All is moved to the maximum of the whole row.
+    const double student_shift = s.rebase(0, soft);
+    if (cross) {
+        cross_z *= exp(float(student_shift), sharp);
+        cross_sum += student_shift * p.classes;
+    }
+    for (int64_t j = 1; j < plan.tensors; j++) running[j].rebase(student_shift, soft);
+    if (plan.keep) {
+        for (int64_t j = 0; j < plan.tensors; j++) last_origin(lane, j) = running[j].origin;
+        if (plan.apart) last_origin(lane, plan.tensors) = s.origin;
     }
     for (int64_t j = 0; j < plan.tensors; j++) {
         if (j > 0 && tensor[j].alpha[lane] == 0) continue;
@@ -865,19 +955,16 @@ void Worker::combine_row(int lane) {
         __builtin_memset(out, 0, p.classes * size);
         return;
     }
-    const int64_t last = plan.keep ? count_blocks(n) - 1 : 0;
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
-        end = block_end(n, from);
+        end = block_end(from);
         const int64_t count = end - from;
         // Kept exponentials of slot j, moved to the row's last origin.
         const auto kept_term = [&](int64_t j, float factor, const Exponent& exponent) -> Term<Kept> {
-            const float* const origin = kept_origins(lane, j);
-            const float shift = origin[b] - origin[last];
+            const float shift = kept_origins(lane, j)[b] - last_origin(lane, j);
             return {{kept_row(lane, j) + from}, shift == 0 ? factor : factor * exp(shift, exponent)};
         };
         // f(term) with the exponentials of slot j, which are those of matrix(source).
         const auto with_term = [&](int64_t j, int64_t source, float factor, const Exponent& exponent, auto f) {
-            if (factor == 0) return;
             if (plan.keep) return f(kept_term(j, factor, exponent));
             with_block(matrix(source), n, from, count, teacher, [&](const auto& x) {
                 f(recomputed(x, running[source].origin, exponent, ahead(source, n, end), factor));
@@ -887,38 +974,62 @@ void Worker::combine_row(int lane) {
         Term<Kept> waiting[4];
         int terms = 0;
         bool empty = true;
-        const auto add_waiting = [&] {
-            if (terms == 1) add_block(gradient, count, empty, waiting[0]);
-            if (terms == 2) add_block(gradient, count, empty, waiting[0], waiting[1]);
-            if (terms == 3) add_block(gradient, count, empty, waiting[0], waiting[1], waiting[2]);
-            if (terms == 4) add_block(gradient, count, empty, waiting[0], waiting[1], waiting[2], waiting[3]);
-            empty &= terms == 0;
-            terms = 0;
+        const auto with_waiting = [&](auto f) {
+            switch (terms) {
+                case 0: return f();
+                case 1: return f(waiting[0]);
+                case 2: return f(waiting[0], waiting[1]);
+                case 3: return f(waiting[0], waiting[1], waiting[2]);
+                default: return f(waiting[0], waiting[1], waiting[2], waiting[3]);
+            }
         };
         for (int64_t j = 1; j < plan.tensors; j++) {
             const float factor = tensor[j].factor[lane];
             if (factor == 0) continue;
-            if (plan.keep) {
-                waiting[terms++] = kept_term(j, factor, soft);
-                if (terms == 4) add_waiting();
-            } else {
+            if (!plan.keep) {
                 with_term(j, j, factor, soft, [&](auto term) { add_block(gradient, count, empty, term); });
                 empty = false;
+                continue;
             }
+            if (terms == 4) {
+                with_waiting([&](auto... terms) { add_block(gradient, count, empty, terms...); });
+                empty = false;
+                terms = 0;
+            }
+            waiting[terms++] = kept_term(j, factor, soft);
         }
-        add_waiting();
-        if (empty) __builtin_memset(gradient, 0, count * sizeof(float));
-        with_term(0, 0, tensor[0].factor[lane], soft, [&](auto term) { subtract_from_block(gradient, count, term); });
-        if (plan.apart)
+        // What no cross entropy changes afterwards goes straight to its place.
+        char* const to = out + from * size;
+        const bool cross = row.cross[lane] != 0;
+        const float own = tensor[0].factor[lane];
+        const auto finish = [&](auto out) {
+            with_term(0, 0, own, soft, [&](auto own) {
+                with_waiting([&](auto... terms) { finish_block(out, gradient, count, empty, own, terms...); });
+            });
+        };
+        if (own == 0) {
+            // Then no teacher has a factor either.
+            __builtin_memset(gradient, 0, count * sizeof(float));
+        } else if (cross) {
+            finish(Stored{gradient});
+        } else if (p.gradient_type == Type::bf16) {
+            finish(Narrowed{(uint16_t*)fresh});
+            copy_out(fresh, to, count * 2, p.stream);
+            continue;
+        } else {
+            p.stream ? finish(Streamed{(float*)to}) : finish(Stored{(float*)to});
+            continue;
+        }
+        if (plan.apart && row.factor[lane] != 0)
             with_term(plan.tensors, 0, row.factor[lane], sharp, [&](auto term) { add_block(gradient, count, false, term); });
-        if (row.cross[lane] != 0) {
+        if (cross) {
             const float everywhere = row.everywhere[lane];
             if (everywhere != 0)
                 for (int64_t i = 0; i < count; i++) gradient[i] -= everywhere;
             const int64_t label = row.label[lane];
             if (label >= from && label < end) gradient[label - from] -= row.one_hot[lane];
         }
-        write_block(gradient, out + from * size, p.gradient_type, count, p.stream, (uint16_t*)fresh);
+        write_block(gradient, to, p.gradient_type, count, p.stream, (uint16_t*)fresh);
     }
 }
 

@@ -1,6 +1,7 @@
 // The Python module amtss_fast._cpu. Tensors arrive as addresses, which costs a tenth of what arrays cost; the adapter
 // in amtss_fast/cpu.py keeps them alive and has checked them.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "core.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace amtss;
@@ -87,6 +89,16 @@ nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matri
     return nb::make_tuple(int(outcome.fault), outcome.index);
 }
 
+// The tensor owns its block, and gives it back when the last reference to its storage is gone.
+nb::ndarray<nb::pytorch, nb::device::cpu> gradient(int64_t rows, int64_t classes, int type) {
+    const bool narrow = Type(type) == Type::bf16;
+    Block* const block = take_block(rows * classes * (narrow ? 2 : 4));
+    const nb::capsule owner(block, [](void* given) noexcept { give_block(static_cast<Block*>(given)); });
+    const nb::dlpack::dtype dtype{uint8_t(narrow ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float),
+                                  uint8_t(narrow ? 16 : 32), 1};
+    return {block->memory, {size_t(rows), size_t(classes)}, owner, {}, dtype};
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -96,6 +108,11 @@ NB_MODULE(_cpu, m) {
     m.def("loss", &loss,
           "Loss, gradient and stats, written to the addresses given. Returns None, or (which tensor, index) of a value "
           "that is not allowed: 1 labels, 2 teacher_prior, 3 sample_weight.");
+    m.attr("large_gradient") = large_gradient;
+    m.def("gradient", &gradient,
+          "A tensor [rows, classes] of arbitrary values, for gradients of `large_gradient` bytes and more: the memory of the "
+          "last one that was freed, or else new memory.");
+    m.def("release_memory", &release_kept, "Hands the memory kept for the next large gradient back to the system.");
     m.def(
         "exp",
         [](uintptr_t x, uintptr_t y, int64_t n, int repeats) {

@@ -47,18 +47,35 @@ inline V load_bits(const void* p) {
 inline vf load(const float* p) { return load_bits<vf>(p); }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Rounds to the nearest integer what is added to it: its last bit stands for 1. In the bits of the sum t = magic + n the
-// lowest nine hold n + 191, so that shifted into a float's exponent they are 2^(n + 64).
+// Rounds to the nearest multiple of its last bit what is added to it.
+#if defined(__AVX512F__)
+constexpr float magic = 0x1.8p18f;  // 1/32
+#else
+// 1. In the bits of the sum t = magic + n the lowest nine hold n + 191, so that shifted into a float's exponent they are
+// 2^(n + 64).
 constexpr float magic = 0x1.8p23f + 191;
+#endif
 
-// max returns x where x is NaN. scale: p * 2^n for t = magic + n with n in [-191, 0], subnormal results rounded.
+// max returns x where x is NaN. power(f, t): 2^(n + f) for t = magic + n with n in [-191, 60] and f the rest that rounding
+// left, subnormal results rounded.
 // low_pairs(a, b): a0 b0 a1 b1 of each four lanes, high_pairs: a2 b2 a3 b3; low_halves: a0 a1 b0 b1, high_halves: a2 a3 b2 b3.
 // load_quads: four floats from each of W / 4 places; store_quad<i>: the i-th four lanes.
 #if defined(__AVX512F__)
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf max(vf bound, vf x) { return _mm512_max_ps(bound, x); }
 inline vf min(vf bound, vf x) { return _mm512_min_ps(bound, x); }
-inline vf scale(vf p, vf t) { return _mm512_scalef_ps(p, t - magic); }
+inline vf power(vf f, vf t) {
+    // n's fraction is the lowest five bits of t, which are all that the tables look at; its whole part goes to the exponent.
+    const vf low = {0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f,
+                    0x1.2387a6p+0f, 0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f,
+                    0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f};
+    const vf high = {0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f, 0x1.93737cp+0f,
+                     0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
+                     0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
+    const vf fraction = _mm512_permutex2var_ps(low, (__m512i)t, high);
+    const vf p = f * fma(f, set(0x1.ebfd1cp-3f), set(0x1.62e584p-1f));
+    return _mm512_scalef_ps(fma(fraction, p, fraction), t - magic);
+}
 inline void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
 inline vf widen(vu16 h) { return _mm512_cvtph_ps((__m256i)h); }
 inline vf low_pairs(vf a, vf b) { return _mm512_unpacklo_ps(a, b); }
@@ -76,7 +93,6 @@ inline void store_quad(float* p, vf v) {
     _mm_storeu_ps(p, _mm512_extractf32x4_ps(v, i));
 }
 #else
-inline vf scale(vf p, vf t) { return p * (vf)((vi)t << 23) * 0x1p-64f; }
 #if defined(__AVX2__)
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf max(vf bound, vf x) { return _mm256_max_ps(bound, x); }
@@ -157,6 +173,18 @@ inline void store_columns(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
                   high_halves(ab_high, cd_high));
 }
 
+#if !defined(__AVX512F__)
+inline vf power(vf f, vf t) {
+    vf p = fma(f, set(0x1.41fb2ep-13f), set(0x1.5f3f30p-10f));
+    p = fma(f, p, set(0x1.3b2d50p-7f));
+    p = fma(f, p, set(0x1.c6aee6p-5f));
+    p = fma(f, p, set(0x1.ebfbdcp-3f));
+    p = fma(f, p, set(0x1.62e430p-1f));
+    p = fma(f, p, set(1));
+    return p * (vf)((vi)t << 23) * 0x1p-64f;
+}
+#endif
+
 // The first n lanes; those behind them are `rest`, or are not written.
 #if defined(__AVX512F__)
 inline vf load_first(const float* p, int n, float rest) { return _mm512_mask_loadu_ps(set(rest), __mmask16((1 << n) - 1), p); }
@@ -185,7 +213,16 @@ inline vf reduce(vf x, float hi, float lo, vf n) {
 inline vf reduce(vf x, float hi, float lo, vf n) { return fma(x, set(lo), fma(x, set(hi), -n)); }
 #endif
 
+#if defined(__AVX512F__)
+// One permutation of 16-bit words, with zeros between them, in place of a conversion and a shift.
+inline vf widen_bf16(vu16 h) {
+    const vi places = {0x00000, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000,
+                       0x80000, 0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000};
+    return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)places, _mm512_castsi256_si512((__m256i)h));
+}
+#else
 inline vf widen_bf16(vu16 h) { return (vf)(__builtin_convertvector(h, vi) << 16); }
+#endif
 
 // Round to nearest, ties to even; NaN stays NaN.
 inline vu16 narrow_bf16(vf x) {
@@ -202,18 +239,25 @@ inline void fence() {
 #endif
 }
 
-// f of all lanes, halving the lanes at every step.
-template <class T, class F>
-inline T reduce_lanes(T* lane, F f) {
+// Of all lanes, halving them at every step.
+#if defined(__AVX512F__)
+inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
+inline float largest_lane(vf v) { return _mm512_reduce_max_ps(v); }
+#else
+template <class F>
+inline float reduce_lanes(vf v, F f) {
+    float lane[W];
+    store(lane, v);
     for (int half = W / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) lane[i] = f(lane[i], lane[i + half]);
     return lane[0];
 }
-
 inline float sum(vf v) {
-    float lane[W];
-    store(lane, v);
-    return reduce_lanes(lane, [](float a, float b) { return a + b; });
+    return reduce_lanes(v, [](float a, float b) { return a + b; });
 }
+inline float largest_lane(vf v) {
+    return reduce_lanes(v, [](float a, float b) { return a > b ? a : b; });
+}
+#endif
 
 }  // namespace
