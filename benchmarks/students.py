@@ -213,7 +213,8 @@ def smoothing_like(s: Situation) -> float:
     labelled, n_classes = s.labels >= 0, s.teacher_logits.shape[-1]
     mean = (s.teacher_logits / TEMPERATURE).softmax(-1).mean(0)[labelled]
     gold = float(mean.gather(1, s.labels[labelled].unsqueeze(1)).mean())
-    return (1 - gold) * n_classes / (n_classes - 1)
+    # Teachers no better than chance would smooth the label away.
+    return min(0.99, (1 - gold) * n_classes / (n_classes - 1))
 
 
 def strategies(s: Situation, wanted: Sequence[tuple[Variant, Setting]]) -> list[AdaptiveStrategy]:
