@@ -47,7 +47,10 @@ class Residence:
         self._copies = self._module.Stream(device)
         self._tensors = [[*model.parameters(), *model.buffers()] for model in models]
         for name, tensors in zip(names, self._tensors, strict=True):
-            if not all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in tensors):
+            if not all(
+                type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and t.dtype != torch.int8
+                for t in tensors
+            ):
                 raise ValueError(
                     f"teacher {name!r} has weights in a form of their own, as in 8 bits: teachers that take turns "
                     "(resident) are in float32 or bfloat16"

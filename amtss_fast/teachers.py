@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,7 +50,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 # multiple of the second number: below that, matrix products and sums over positions take other paths. So logits of a
 # cache are those of training. Several threads share a product out according to its size, which moves last bits.
 _ROWS = 8
-_COLUMNS = 8
+_COLUMNS = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 TASK_MODELS = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -106,6 +107,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.precision = str(model.dtype).removeprefix("torch.") if precision is None else precision
         self._forward: Any = torch.compile(model, dynamic=True) if compile else model
+        # Sums of the native attention do not depend on what is padded.
+        self._columns = 1 if model.config._attn_implementation == int8.ATTENTION else _COLUMNS
         self.name = name
         self.tokenizer = tokenizer
         self.languages = None if languages is None else tuple(check_languages(languages))
@@ -230,9 +233,9 @@ class Teacher:
         return torch.cat(parts)[order.argsort()]
 
     def _padded(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """At least `_ROWS` rows, by copies of the first, and a multiple of `_COLUMNS` tokens if it takes them."""
+        """At least `_ROWS` rows, by copies of the first, and a multiple of `_columns` tokens if it takes them."""
         n, length = inputs["input_ids"].shape
-        columns = -length % _COLUMNS
+        columns = -length % self._columns
         if self.max_length is None or length + columns > self.max_length or "attention_mask" not in inputs:
             columns = 0
         copies = max(0, _ROWS - n) if n else 0
@@ -292,8 +295,7 @@ class Teacher:
 
     def memory_footprint(self) -> int:
         """Bytes of parameters and buffers."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(map(_bytes, [*self.model.parameters(), *self.model.buffers()]))
 
     def __repr__(self) -> str:
         languages = "all" if self.languages is None else ",".join(self.languages)
@@ -328,8 +330,8 @@ def load_teacher(
         precision: `"float32"` or `"bfloat16"`, of all parameters; or `"int8"`: linear layers of the encoder and word
             embeddings in 8 bits, quantised one at a time as they are read. What that changes for a teacher,
             `amtss-fast teachers check` measures.
-        engine: what runs int8: `"onednn"` (x86 CPUs), `"bitsandbytes"` or `"torchao"` (packages of that name);
-            default: bitsandbytes on CUDA, onednn on CPUs.
+        engine: what runs int8: `"native"` (CPUs with AVX-512 VNNI), `"onednn"` (x86 CPUs), `"bitsandbytes"` or
+            `"torchao"` (packages of that name); default: bitsandbytes on CUDA; on CPUs native, else onednn.
         compile: run it through `torch.compile` (needs a C++ compiler on CPUs): one compilation for all shapes, of
             half a minute or more at the first call.
         languages: codes that it teaches; default: all (of an AMTSS student: all of its own).
@@ -650,6 +652,13 @@ class TeacherPool(Teachers):
                 f"batch['input_ids'] has {last - first}: truncate to that"
             )
         return {name: value[:, first:last] for name, value in inputs.items()}
+
+
+def _bytes(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        # torchao's weights, which say that they are float32.
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def _groups(lengths: Sequence[int]) -> list[slice]:

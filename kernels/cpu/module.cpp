@@ -10,7 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "core.h"
+#include "int8.h"
 #include "memory.h"
 
 namespace nb = nanobind;
@@ -113,6 +115,33 @@ NB_MODULE(_cpu, m) {
           "A tensor [rows, classes] of arbitrary values, for gradients of `large_gradient` bytes and more: the memory of the "
           "last one that was freed, or else new memory.");
     m.def("release_memory", &release_kept, "Hands the memory kept for the next large gradient back to the system.");
+    m.def("int8_supported", &int8_supported, "Whether this machine runs int8_linear and attention: AVX-512 with VNNI.");
+    m.def(
+        "int8_linear",
+        [](int64_t rows, int64_t inputs, int64_t outputs, uintptr_t x, uintptr_t weight, uintptr_t offset,
+           uintptr_t scale, uintptr_t bias, bool gelu, uintptr_t y, int threads) {
+            nb::gil_scoped_release released;
+            run(Int8Linear{rows, inputs, outputs, pointer<float>(x), pointer<int8_t>(weight), pointer<int32_t>(offset),
+                           pointer<float>(scale), pointer<float>(bias), gelu, pointer<float>(y)},
+                threads);
+        },
+        "A linear layer of 8-bit codes; shapes as in int8.h.");
+    m.def(
+        "attention",
+        [](int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t width,
+           const std::vector<int64_t>& tensors, float scale, uintptr_t out, int threads) {
+            // Address and three strides of q, k, v and the mask.
+            Attention p{batch, heads, queries, keys, width, {}, {}, {}, {}, {}, {}, {}, {}, scale, pointer<float>(out)};
+            const float** places[] = {&p.q, &p.k, &p.v};
+            int64_t* strides[] = {p.q_stride, p.k_stride, p.v_stride, p.mask_stride};
+            for (int i = 0; i < 3; i++) *places[i] = pointer<float>(tensors.at(4 * i));
+            p.mask = pointer<uint8_t>(tensors.at(12));
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 3; j++) strides[i][j] = tensors.at(4 * i + 1 + j);
+            nb::gil_scoped_release released;
+            run(p, threads);
+        },
+        "Attention in float32; shapes as in attention.h.");
     m.def(
         "exp",
         [](uintptr_t x, uintptr_t y, int64_t n, int repeats) {

@@ -1,0 +1,137 @@
+// The product of a tile of rows: first their codes, then 12 rows by 32 outputs at a time.
+#include <algorithm>
+#include <cstring>
+
+#include "exp.h"
+#include "int8.h"
+#include "outer.h"
+
+namespace amtss {
+namespace {
+
+// a + 128 for n values, and anything behind them; returns the step.
+float quantize(const float* x, int64_t n, uint8_t* codes) {
+    // Bits of magnitudes are ordered as the magnitudes are, NaN above infinity.
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest[4] = {};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int v = 0; v < 4; v++)
+            largest[v] = _mm512_max_epu32(largest[v], _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16 * v)));
+    for (; i < n; i += 16)
+        largest[0] = _mm512_max_epu32(
+            largest[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first(n - i), x + i)));
+    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(largest[0], largest[1]),
+                                                                   _mm512_max_epu32(largest[2], largest[3])));
+    float step;
+    std::memcpy(&step, &bits, sizeof step);
+    step /= 127;
+    // A row of zeros has codes 0, not NaN.
+    if (step < 1e-30f) step = 1e-30f;
+    const __m512 inverse = _mm512_set1_ps(1 / step);
+    for (i = 0; i < n; i += 16) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), inverse);
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
+        _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(code));
+    }
+    return step;
+}
+
+// x * P(X < x) for a standard normal X, by P(X > x) e^(x^2 / 2), which is a polynomial of 1 / (1 + 0.23 x) within 6e-8
+// of its value for x >= 0.
+inline vf gelu(vf x, const Exponent& half) {
+    const vf size = x > 0 ? x : -x;
+    const vf t = 1 / fma(size, set(0.23f), set(1));
+    vf p = fma(t, set(-0x1.43edf0p-4f), set(0x1.2c6d8ep-2f));
+    p = fma(t, p, set(-0x1.230a2ap-2f));
+    p = fma(t, p, set(0x1.3bcb3ap-2f));
+    p = fma(t, p, set(-0x1.34a4c6p-5f));
+    p = fma(t, p, set(0x1.f1cf76p-4f));
+    p = fma(t, p, set(0x1.5d2984p-4f));
+    p = fma(t, p, set(0x1.7aae90p-4f));
+    p = fma(t, p, set(-0x1.0d6c90p-15f));
+    return max(set(0), x) - size * p * exp(-size * size, half);
+}
+
+// _mm512_dpbusd_epi32, of which GCC 12 copies the sums back and forth.
+INLINE inline void add_products(__m512i& sum, __m512i codes, __m512i weights) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+}
+
+// 16 outputs of a row, from their sums.
+struct Outputs {
+    __m512 scale, bias;
+    __mmask16 mask;
+    int64_t start;
+
+    Outputs(const Int8Linear& p, int64_t start) : mask(first(p.outputs - start)), start(start) {
+        scale = _mm512_maskz_loadu_ps(mask, p.scale + start);
+        bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + start) : _mm512_setzero_ps();
+    }
+    INLINE void store(__m512i sum, float step, float* y) const {
+        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+        _mm512_mask_storeu_ps(y + start, mask, _mm512_fmadd_ps(value, _mm512_set1_ps(step), bias));
+    }
+};
+
+// R rows of codes by one panel of 32 outputs.
+template <int R>
+void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const float* step, int64_t output, float* y) {
+    constexpr Rows<R> rows;
+    const int64_t quads = (p.inputs + 3) / 4;
+    const int8_t* w = p.weight + output * quads * 4;
+    const Outputs low_outputs(p, output), high_outputs(p, output + 16);
+    const __m512i low_offset = _mm512_maskz_loadu_epi32(low_outputs.mask, p.offset + output);
+    const __m512i high_offset = _mm512_maskz_loadu_epi32(high_outputs.mask, p.offset + output + 16);
+    __m512i low[R], high[R];
+    each(rows, [&](auto r) INLINE {
+        low[r] = low_offset, high[r] = high_offset;
+        // So that stores do not wait for memory, row after row.
+        __builtin_prefetch(y + r * p.outputs + output, 1);
+        __builtin_prefetch(y + r * p.outputs + std::min(output + 16, p.outputs - 1), 1);
+    });
+    const RowAddress<uint8_t> row(codes, stride);
+    for (int64_t q = 0; q < quads; q++) {
+        const __m512i w_low = _mm512_loadu_si512(w + 128 * q), w_high = _mm512_loadu_si512(w + 128 * q + 64);
+        // The next panel: weights of a whole model come from memory.
+        _mm_prefetch((const char*)(w + 128 * (q + quads)), _MM_HINT_T1);
+        _mm_prefetch((const char*)(w + 128 * (q + quads) + 64), _MM_HINT_T1);
+        each(rows, [&](auto r) INLINE {
+            int32_t four;
+            std::memcpy(&four, row[r] + 4 * q, sizeof four);
+            const __m512i code = _mm512_set1_epi32(four);
+            add_products(low[r], code, w_low);
+            add_products(high[r], code, w_high);
+        });
+    }
+    each(rows, [&](auto r) INLINE {
+        low_outputs.store(low[r], step[r], y + r * p.outputs);
+        high_outputs.store(high[r], step[r], y + r * p.outputs);
+    });
+    if (!p.gelu) return;
+    // By itself, as it wants all registers.
+    const Exponent half(2);
+    for (int r = 0; r < R; r++)
+        for (const Outputs* o : {&low_outputs, &high_outputs}) {
+            float* const place = y + r * p.outputs + o->start;
+            const vf value = gelu(_mm512_maskz_loadu_ps(o->mask, place), half);
+            _mm512_mask_storeu_ps(place, o->mask, value);
+        }
+}
+
+}  // namespace
+
+void int8_rows_avx512(const Int8Linear& p, int64_t begin, int64_t end, uint8_t* codes) {
+    // Not a multiple of a page: rows would fall on the same few lines of the cache.
+    const int64_t stride = (p.inputs + 15) / 16 * 16 + 16;
+    float step[most_tile_rows];
+    for (int64_t r = 0; r < end - begin; r++)
+        step[r] = quantize(p.x + (begin + r) * p.inputs, p.inputs, codes + r * stride);
+    for (int64_t output = 0; output < p.outputs; output += 32)
+        row_blocks(end - begin, [&](int64_t from, int64_t to) {
+            FOR_ROWS(to - from, panel, p, codes + from * stride, stride, step + from, output,
+                     p.y + (begin + from) * p.outputs);
+        });
+}
+
+}  // namespace amtss
