@@ -3,6 +3,7 @@
     python benchmarks/bench_train.py                          the full one: hours on two cores
     python benchmarks/bench_train.py --rows 3200 --epochs 1 --teacher-steps 40
     python benchmarks/bench_train.py --ways plain,int8 --json FILE
+    python benchmarks/bench_train.py --config my.yaml         models and data of one's own
 
 Three teachers of 12 x 384, a student of 4 x 384 (bench_train.yaml), cldr_topic in 15 languages, all labels, batches of
 32, AdamW. Every teacher teaches every language, so that no way is faster for asking fewer teachers. The ways:
@@ -41,11 +42,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 from amtss_fast import AMTSSTrainer
 from amtss_fast.cache import ROW, CachedTeachers
-from amtss_fast.config import RunConfig, load_config
+from amtss_fast.config import CacheConfig, RunConfig, load_config
 from amtss_fast.data import DistillationCollator
 from amtss_fast.evaluation import evaluate
 from amtss_fast.report import STUDENT
-from amtss_fast.run import _prepare, _Run
+from amtss_fast.run import Run
 
 WAYS = ("plain", "textbrewer", "int8", "cached")
 CONFIG = Path(__file__).with_suffix(".yaml")
@@ -72,22 +73,19 @@ class Work:
 
     def __init__(self, config: RunConfig, rows: int, test_rows: int) -> None:
         self.config = config
-        self.run = _Run(config, Path(config.output_dir), resume=True)
+        self.run = Run(config, resume=True)
         self.arguments = self.run.arguments(STUDENT, config.training)
-        PartialState()
+        # Of all training texts, as the teachers' is.
+        tokenizer = self.run.tokenizer
         generator = np.random.default_rng(0)
         data = self.run.data
         for split, n in (("train", rows), ("test", test_rows)):
             if n < len(data[split]):
                 data[split] = data[split].select(np.sort(generator.choice(len(data[split]), n, replace=False)))
-        # The tokenizer is that of the teachers, made of all training texts.
-        from amtss_fast.student import load_tokenizer
-
-        self.run.__dict__["tokenizer"] = load_tokenizer(self.run.folder / "teachers" / config.teachers[0].name)
-        self.train = self.run._encoded("train")
-        self.test = self.run._encoded("test")
-        self.collate = timed("data", DistillationCollator(self.run.tokenizer))
-        self.student = self.run._new_model(config.student, self.run.languages)
+        self.train = self.run.encoded("train")
+        self.test = self.run.encoded("test")
+        self.collate = timed("data", DistillationCollator(tokenizer))
+        self.student = self.run.new_student()
 
     @property
     def steps(self) -> int:
@@ -107,7 +105,7 @@ class Work:
         return torch.optim.AdamW(self.student.parameters(), lr=self.arguments.learning_rate, weight_decay=0.0)
 
     def teachers(self, precision: str) -> Any:
-        return self.run._pool([t.model_copy(update={"precision": precision}) for t in self.config.teachers])
+        return self.run.pool([t.model_copy(update={"precision": precision}) for t in self.config.teachers])
 
 
 def plain_loop(work: Work) -> None:
@@ -180,11 +178,11 @@ def own_trainer(work: Work, cached: bool) -> None:
     if cached:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            work.config.teacher_cache = load_config(CONFIG, [f"teacher_cache.path={folder}"]).teacher_cache
+            work.config.teacher_cache = CacheConfig(path=folder)
             for teacher in work.config.teachers:
                 teacher.precision = "int8"
             work.run.compute_cache(PartialState())
-            pool = work.run._cached_teachers()
+            pool = work.run.cached_teachers()
             parts["teachers"] += time.perf_counter() - started
             rows = rows.add_column(ROW, np.arange(len(rows)))
             train_own(work, pool, rows)
@@ -239,6 +237,7 @@ def one_way(way: str, config: RunConfig, rows: int, test_rows: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=10**9, help="training texts (default: all)")
     parser.add_argument("--test-rows", type=int, default=10**9, help="test texts (default: all)")
     parser.add_argument("--epochs", type=int, default=3)
@@ -259,35 +258,33 @@ def main() -> None:
     ]
     if args.teacher_steps:
         settings.append(f"teacher_training.max_steps={args.teacher_steps}")
-    config = load_config(CONFIG, settings)
+    config = load_config(args.config, settings)
     if args.one:
         print(json.dumps(one_way(args.one, config, args.rows, args.test_rows)))
         return
-    run = _Run(config, Path(config.output_dir), resume=True)
-    if not all((run.folder / "teachers" / teacher.name).is_dir() for teacher in config.teachers):
-        run.arguments(STUDENT, config.training).device  # noqa: B018
-        PartialState()
-        _prepare(run.folder, config, overwrite=False, resume=True)
-        for teacher in config.teachers:
-            run._source(teacher)
+    Run(config, resume=True).train_teachers()
     about = machine()
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     rows: list[dict[str, Any]] = []
     for way in args.ways.split(","):
         command = [sys.executable, __file__, "--one", way, "--rows", str(args.rows), "--test-rows", str(args.test_rows)]
-        command += ["--epochs", str(args.epochs), "--output-dir", args.output_dir]
+        command += ["--epochs", str(args.epochs), "--output-dir", args.output_dir, "--config", str(args.config)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{way}: {done.stderr[-3000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        row = rows[-1]
-        row["speedup"] = rows[0]["seconds"] / row["seconds"]
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     if args.json:
         size = {"rows": args.rows, "epochs": args.epochs, "teacher_steps": args.teacher_steps}
-        # Ways measured before are kept: each is compared with the first way of its own run.
-        known = json.loads(args.json.read_text())["ways"] if args.json.exists() else []
-        rows += [row for row in known if row["way"] not in {own["way"] for own in rows}]
+        # Ways measured before, of the same size, are kept.
+        known = json.loads(args.json.read_text()) if args.json.exists() else {}
+        if all(known.get(name) == value for name, value in size.items()):
+            rows += [row for row in known["ways"] if row["way"] not in {own["way"] for own in rows}]
+        seconds = {row["way"]: row["seconds"] for row in rows}
+        for row in rows:
+            if "plain" in seconds:
+                row["speedup"] = seconds["plain"] / row["seconds"]
         args.json.write_text(json.dumps({"machine": about, **size, "ways": rows}, indent=1) + "\n")
 
 

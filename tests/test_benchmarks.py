@@ -215,3 +215,43 @@ def test_the_tables_of_the_weightings_are_those_measured(monkeypatch: pytest.Mon
     results = json.loads((root / "benchmarks" / "results" / "quality.json").read_text(encoding="utf-8"))
     page = (root / "docs" / "weighting.md").read_text(encoding="utf-8")
     assert page.partition("\n## Tables\n\n")[2].strip() == quality.show(results)
+
+
+@pytest.mark.skipif(why_missing("onednn") is not None, reason=str(why_missing("onednn")))
+def test_bench_teachers(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPT.with_name("bench_teachers.py")), "--layers", "1", "--vocabulary", "500"]
+    command += ["--engines", "float32,onednn", "--seconds", "0.1", "--rounds", "1", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = {row["engine"]: row for row in json.loads(file.read_text())["speed"]["rows"]}
+    assert set(figures) == {"float32", "onednn"}
+    assert figures["onednn"]["weights_share"] < 0.4
+    assert figures["float32"]["full_speedup"] == figures["float32"]["padded_speedup"] == 1
+
+
+@pytest.mark.skipif(why_missing("onednn") is not None, reason=str(why_missing("onednn")))
+def test_bench_train(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("bench_train.py")
+    config = yaml.safe_load(script.with_suffix(".yaml").read_text())
+    config["data"]["languages"] = ["en", "sw"]
+    config["tokenizer"]["vocab_size"] = 400
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
+    for model in (config["student"], *(teacher["model"] for teacher in config["teachers"])):
+        model["encoder"] |= small
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    ways = ["plain", "int8", "cached", *(["textbrewer"] if importlib.util.find_spec("textbrewer") else [])]
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(script), "--config", str(tmp_path / "tiny.yaml"), "--ways", ",".join(ways)]
+    command += ["--rows", "64", "--test-rows", "32", "--epochs", "2", "--teacher-steps", "2"]
+    command += ["--output-dir", str(tmp_path / "run"), "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = {row["way"]: row for row in json.loads(file.read_text())["ways"]}
+    assert list(figures) == ways
+    for row in figures.values():
+        assert row["steps"] == 4
+        parts = row["teachers_s"] + row["student_s"] + row["loss_s"] + row["data_s"]
+        assert parts == pytest.approx(row["seconds"])
+        assert min(row["teachers_s"], row["student_s"]) > 0
+        assert row["speedup"] == pytest.approx(figures["plain"]["seconds"] / row["seconds"])

@@ -594,7 +594,7 @@ void test_int8_linear(int64_t rows, int64_t inputs, int64_t outputs, bool gelu) 
     run(p, 1);
     p.y = y.data();
     run(p, 3);
-    CHECK(std::memcmp(y.data(), again.data(), 4 * y.size()) == 0, "other bits with other threads");
+    CHECK(y == again, "other bits with other threads");
     for (int64_t n = 0; n < rows; n++) {
         float largest = 0;
         for (int64_t i = 0; i < inputs; i++) largest = std::max(largest, std::fabs(x[n * inputs + i]));
@@ -628,7 +628,7 @@ void test_attention(int64_t batch, int64_t heads, int64_t queries, int64_t keys,
     run(p, 1);
     p.out = out.data();
     run(p, 3);
-    CHECK(std::memcmp(out.data(), again.data(), 4 * out.size()) == 0, "other bits with other threads");
+    CHECK(out == again, "other bits with other threads");
     std::vector<double> e(keys);
     for (int64_t i = 0; i < batch * queries; i++)
         for (int64_t h = 0; h < heads; h++) {
