@@ -28,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from amtss_fast import cpu
+from amtss_fast.memory import give_back
 from amtss_fast.quantization import quantize_weight
 
 ENGINES = ("native", "onednn", "bitsandbytes", "torchao")
@@ -302,6 +303,8 @@ def leave_file(model: PreTrainedModel) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
+    # What quantising took lies between what it made.
+    give_back()
 
 
 def loading_options(engine: str, device: torch.device, model: PreTrainedModel) -> dict[str, Any]:

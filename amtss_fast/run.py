@@ -85,7 +85,7 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
         ValueError: `resume` with another configuration; and what the data, the models and the loss find wrong.
     """
     folder = Path(config.output_dir)
-    run = _KINDS.get(config.task, _LanguageModelRun)(config, folder, resume)
+    run = open_run(config, resume=resume)
     # Wrong training arguments show before anything is written.
     for teacher in config.teachers:
         run.teacher_arguments(teacher)
@@ -102,6 +102,14 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
     return folder
 
 
+def open_run(config: RunConfig, *, resume: bool = False) -> Run:
+    """The parts of a run, for scripts that train in their own way; writes nothing yet.
+
+    `resume`: trainings go on from their last checkpoints.
+    """
+    return _KINDS.get(config.task, _LanguageModelRun)(config, Path(config.output_dir), resume)
+
+
 def compute_cache(config: RunConfig) -> list[str]:
     """Computes the teachers' logits that `config.teacher_cache` lacks; a line about each teacher.
 
@@ -110,7 +118,7 @@ def compute_cache(config: RunConfig) -> list[str]:
     Raises:
         FileExistsError, ValueError: as :func:`run`, which goes on there with `resume`; no `teacher_cache`.
     """
-    run = _Run(config, Path(config.output_dir), resume=True)
+    run = open_run(config, resume=True)
     run.arguments(STUDENT, config.training).device  # noqa: B018
     run._cache  # noqa: B018
     state = PartialState()
@@ -138,7 +146,7 @@ def check_teachers(
         raise ValueError(f"precisions must be among {', '.join(PRECISIONS[1:])}; got {', '.join(precisions)}")
     if config.task != "sequence-classification":
         raise ValueError(f"teachers are compared in sequence-classification, not in task {config.task!r}")
-    run = _Run(config, Path(config.output_dir), resume=True)
+    run = open_run(config, resume=True)
     for teacher in config.teachers:
         folder = run.folder / "teachers" / teacher.name
         if teacher.path is None and not folder.is_dir():
@@ -169,7 +177,16 @@ def _prepare(folder: Path, config: RunConfig, overwrite: bool, resume: bool) -> 
 
 
 @dataclass
-class _Run:
+class Run:
+    """A run's data, tokenizer, teachers and student, each made when it is asked for; :func:`open_run` gives one.
+
+    Args:
+        config: what was asked for.
+        folder: where it keeps what it trains.
+        resume: whether trainings go on from their last checkpoints.
+        plan: what `memory.budget` made of the training.
+    """
+
     config: RunConfig
     folder: Path
     resume: bool
@@ -185,11 +202,11 @@ class _Run:
         if self.config.memory is not None:
             self._fit_into_memory(self.config.memory)
         # From a cache the student learns before any teacher is loaded.
-        pool = self._pool() if self.config.teacher_cache is None else None
+        pool = self.pool() if self.config.teacher_cache is None else None
         seconds["teachers"] = time.time() - started
 
         started_student = time.time()
-        students[STUDENT], trainer = self._train_student(pool or self._cached_teachers())
+        students[STUDENT], trainer = self._train_student(pool or self.cached_teachers())
         seconds["student"] = time.time() - started_student
         if trainer is not None and state.is_main_process:
             self._write_log(trainer.state.log_history, [teacher.name for teacher in self.config.teachers])
@@ -201,7 +218,7 @@ class _Run:
 
         if not state.is_main_process:
             return
-        metrics = self._evaluate(pool or self._pool(), students)
+        metrics = self._evaluate(pool or self.pool(), students)
         seconds["total"] = time.time() - started
         metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
@@ -273,8 +290,8 @@ class _Run:
         def teachers(loading: Loading) -> Iterator[Callable[[int, bool, int], int]]:
             self.config = configured
             self._load_teachers_as(loading)
-            pool = self._cached_teachers() if self.config.teacher_cache is not None else self._pool()
-            model = self._new_model(self.config.student, self.languages)
+            pool = self.cached_teachers() if self.config.teacher_cache is not None else self.pool()
+            model = self.new_student()
             if used(device) > budget:
                 raise MemoryError
             yield self._prober(model, pool, chunk_rows)
@@ -333,19 +350,23 @@ class _Run:
 
     @cached_property
     def data(self) -> DatasetDict:
+        """The splits, as texts; shorten them after `tokenizer`, which may be made of them, and before `encoded`."""
         return load_run_data(self.config)
 
     @cached_property
     def languages(self) -> list[str]:
+        """The student's, in the order of `language_ids`."""
         wanted = self.config.data.languages
         return list(wanted) if wanted is not None else sorted(set(self.data["train"]["language"]))
 
     @property
     def label_names(self) -> list[str]:
+        """The student's classes in order."""
         return list(self.data["train"].features["label"].names)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's: loaded, or made of the training texts."""
         path = self.config.tokenizer.path
         if path is None and isinstance(self.config.student.encoder, str):
             path = self.config.student.encoder
@@ -394,7 +415,24 @@ class _Run:
     def _device(self) -> torch.device:
         return self.arguments(STUDENT, self.config.training).device
 
-    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> Any:
+    def train_teachers(self) -> None:
+        """Trains those without a path that are not in the run's folder yet.
+
+        Raises FileExistsError, ValueError: as :func:`run` does with `resume`.
+        """
+        here = self.folder / "teachers"
+        if all(teacher.path is not None or (here / teacher.name).is_dir() for teacher in self.config.teachers):
+            return
+        self._device  # noqa: B018
+        state = PartialState()
+        if state.is_main_process:
+            _prepare(self.folder, self.config, overwrite=False, resume=True)
+        state.wait_for_everyone()
+        for teacher in self.config.teachers:
+            self._source(teacher)
+
+    def pool(self, teachers: Sequence[TeacherConfig] | None = None) -> Any:
+        """The teachers of the configuration, or others of its kind, loaded; those to train are trained first."""
         teachers = teachers or self.config.teachers
         turns = self._turns(len(teachers))
         return TeacherPool(
@@ -433,8 +471,8 @@ class _Run:
         for teacher in self.config.teachers:
             for precision, listed in answers.items():
                 engine = teacher.engine if precision == "int8" else None
-                pool = self._pool([teacher.model_copy(update={"precision": precision, "engine": engine})])
-                rows = list(self._encoded(split, pool.needs_text).select(chosen))
+                pool = self.pool([teacher.model_copy(update={"precision": precision, "engine": engine})])
+                rows = list(self.encoded(split, pool.needs_text).select(chosen))
                 collate = DistillationCollator(self.tokenizer, keep_text=pool.needs_text)
                 listed.append(ask(pool, rows, collate, batch_size))
         language_ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("language_ids", "labels"))
@@ -464,11 +502,11 @@ class _Run:
             started = time.time()
             entries = self._entries(teacher)
             # One teacher at a time is in memory.
-            pool = self._pool([teacher])
+            pool = self.pool([teacher])
             collate = DistillationCollator(self.tokenizer, keep_text=pool.needs_text)
             computed = 0
             for split, entry in entries.items():
-                rows = self._encoded(split, pool.needs_text)
+                rows = self.encoded(split, pool.needs_text)
                 computed += entry.compute(
                     pool_logits(pool, rows, collate, cache.batch_size),
                     rank=state.process_index,
@@ -484,7 +522,8 @@ class _Run:
             )
         return lines
 
-    def _cached_teachers(self) -> CachedTeachers:
+    def cached_teachers(self) -> CachedTeachers:
+        """In the place of `pool`, from the logits that `compute_cache` has computed."""
         teachers = self.config.teachers
         return CachedTeachers(
             [[entry.open() for entry in self._entries(teacher).values()] for teacher in teachers],
@@ -525,7 +564,7 @@ class _Run:
         }
         entries = {}
         for split in self._cached_splits:
-            rows = self._encoded(split)
+            rows = self.encoded(split)
             entries[split] = CacheEntry(
                 root=Path(cache.path),
                 teacher=teacher.name,
@@ -544,7 +583,8 @@ class _Run:
         adaptive = (arguments.importance_temperature, arguments.gap_temperature) != (None, None)
         return ["train", "validation"] if adaptive and "validation" in self.data else ["train"]
 
-    def _encoded(self, split: str, keep_text: bool = False) -> Dataset:
+    def encoded(self, split: str, keep_text: bool = False) -> Dataset:
+        """A split as token ids, labels and language ids."""
         return encode(
             self.data[split],
             self.tokenizer,
@@ -568,7 +608,7 @@ class _Run:
         target = self.folder / STUDENT
         if target.is_dir():
             return self._load(target), None
-        model = self._new_model(self.config.student, self.languages)
+        model = self.new_student()
         arguments = self.arguments(STUDENT, self.config.training)
         if self.plan is not None:
             forget_peak(self._device)
@@ -582,7 +622,7 @@ class _Run:
         target = self.folder / "labels-only"
         if target.is_dir():
             return self._load(target)
-        model = self._new_model(self.config.student, self.languages)
+        model = self.new_student()
         data = self._labelled_data
         # As many optimiser steps as the student had, on the labelled rows again and again.
         student = self.arguments(STUDENT, self.config.training)
@@ -614,6 +654,10 @@ class _Run:
             return model.encoder
         options = {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id, **model.encoder}
         return AutoConfig.for_model(**options)
+
+    def new_student(self) -> Any:
+        """The student as it begins: the same weights at every call."""
+        return self._new_model(self.config.student, self.languages)
 
     def _new_model(self, model: ModelConfig, languages: Sequence[str]) -> Any:
         encoder = self._encoder(model)
@@ -736,7 +780,7 @@ class _Run:
         write_atomically(self.folder / "log.jsonl", "\n".join(lines) + "\n")
 
 
-class _TokenRun(_Run):
+class _TokenRun(Run):
     """A run whose models answer at each token: classifiers of tokens."""
 
     @property
@@ -749,7 +793,7 @@ class _TokenRun(_Run):
             )
         return list(label.feature.names)
 
-    def _pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TokenTeachers:
+    def pool(self, teachers: Sequence[TeacherConfig] | None = None) -> TokenTeachers:
         return TokenTeachers(
             [self._teacher(teacher) for teacher in teachers or self.config.teachers],
             task=self.config.task,
@@ -835,7 +879,7 @@ class _LanguageModelRun(_TokenRun):
         )
 
 
-_KINDS: dict[str, type[_Run]] = {"sequence-classification": _Run, "token-classification": _TokenRun}
+_KINDS: dict[str, type[Run]] = {"sequence-classification": Run, "token-classification": _TokenRun}
 
 
 def load_run_data(config: RunConfig) -> DatasetDict:

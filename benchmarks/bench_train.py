@@ -46,7 +46,7 @@ from amtss_fast.config import CacheConfig, RunConfig, load_config
 from amtss_fast.data import DistillationCollator
 from amtss_fast.evaluation import evaluate
 from amtss_fast.report import STUDENT
-from amtss_fast.run import Run
+from amtss_fast.run import open_run
 
 WAYS = ("plain", "textbrewer", "int8", "cached")
 CONFIG = Path(__file__).with_suffix(".yaml")
@@ -73,7 +73,7 @@ class Work:
 
     def __init__(self, config: RunConfig, rows: int, test_rows: int) -> None:
         self.config = config
-        self.run = Run(config, resume=True)
+        self.run = open_run(config, resume=True)
         self.arguments = self.run.arguments(STUDENT, config.training)
         # Of all training texts, as the teachers' is.
         tokenizer = self.run.tokenizer
@@ -262,7 +262,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one_way(args.one, config, args.rows, args.test_rows)))
         return
-    Run(config, resume=True).train_teachers()
+    open_run(config, resume=True).train_teachers()
     about = machine()
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     rows: list[dict[str, Any]] = []

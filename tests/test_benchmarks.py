@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import tiny_bert_config, tiny_tokenizer
 from transformers import BertModel
 
 from amtss_fast import AdaptiveStrategy, AMTSSForSequenceClassification, amtss_loss
+from amtss_fast.int8 import why_missing
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_loss.py"
 

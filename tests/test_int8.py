@@ -212,6 +212,20 @@ def test_rows_of_like_length_go_together(tmp_path: Path) -> None:
         torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
 
 
+@native
+def test_fast_teachers_are_cut_where_it_pays(tmp_path: Path) -> None:
+    teacher = load_teacher(tiny_teacher(tmp_path, hidden_size=64), precision="int8", engine="native")
+    seen: list[tuple[int, ...]] = []
+    teacher.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for long, short, expected in [(20, 10, [(16, 20)]), (40, 24, [(8, 40), (8, 24)])]:
+        seen.clear()
+        mask = (torch.arange(long) < torch.tensor([long] * 8 + [short] * 8).unsqueeze(1)).long()
+        teacher.logits(input_ids=mask * 7, attention_mask=mask)
+        assert seen == expected
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -17,7 +17,7 @@ from transformers import BertForMaskedLM
 
 from amtss_fast.config import MemoryConfig, load_config
 from amtss_fast.memory import Loading, give_back, make_plan, parse_budget, peak_of, used
-from amtss_fast.run import _Run, train_tokenizer
+from amtss_fast.run import open_run, train_tokenizer
 
 WORDS = ["apple", "dog", "cat", "table", "chair", "rain", "red", "under"]
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_ways_to_load_the_teachers(tmp_path: Path) -> None:
     """Taking turns is for GPUs and exact; fewer bits are approximate."""
 
     def ways(device: str, *settings: str, approximate: bool = True) -> list[Loading]:
-        run = _Run(load_config("demo", [f"output_dir={tmp_path}", *settings]), tmp_path, False)
+        run = open_run(load_config("demo", [f"output_dir={tmp_path}", *settings]))
         return run._loadings(MemoryConfig(budget="1GB", approximate=approximate), torch.device(device))
 
     bfloat16, int8 = Loading("bfloat16"), Loading("int8")
