@@ -51,6 +51,7 @@ STUDENT_LAYER, STUDENT_SIZE = 3, 96
 FIRST_SEED, FIRST_TUNING_SEED = 100, 2000
 LABELS_ONLY, UNIFORM = "labels only", "uniform"
 NEW_LANGUAGE, NEW, NEW_ROWS = "new language", "sw", 200
+WIDER = f"{NEW_LANGUAGE}, wider student"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Design:
     half_classes: bool = False
     """Teachers of all languages that each saw half of the classes, cross-fitted by concept, in place of GROUPS."""
     steps: int = 360
+    student_size: int = STUDENT_SIZE
 
 
 DESIGNS = {
@@ -138,6 +140,7 @@ DESIGNS = {
     "half the classes": Design(teacher_layer=12, teacher_size=128, labelled=0.1, half_classes=True),
     "all labels": Design(teacher_layer=12, teacher_size=128),
     NEW_LANGUAGE: Design(teacher_layer=4, teacher_size=384),
+    WIDER: Design(teacher_layer=4, teacher_size=384, student_size=192),
 }
 
 
@@ -173,7 +176,7 @@ def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Si
 
     student_rows, calibration_rows = rows(learned), rows(calibration)
     eval_rows = torch.from_numpy(np.flatnonzero(texts.held_out)) if test else rows(tuning)
-    x = texts.components(STUDENT_LAYER, STUDENT_SIZE * len(texts.vectors))
+    x = texts.components(STUDENT_LAYER, design.student_size * len(texts.vectors))
     x_teacher = texts.components(design.teacher_layer, design.teacher_size)
 
     # Which rows each teacher may learn from, before concepts.
@@ -292,7 +295,7 @@ def run_seed(
 ) -> tuple[Found, dict[str, np.ndarray], np.ndarray, list[float]]:
     """What was asked for; right answers of what has no settings; concepts of the answers; teachers' accuracy."""
     s = draw(texts, DESIGNS[name], seed, test, quick)
-    if name != NEW_LANGUAGE:
+    if name not in (NEW_LANGUAGE, WIDER):
         asked = [(VARIANTS[variant], setting) for variant, setting in wanted]
         return answers(s, asked, seed), {}, s.concepts_eval, s.teacher_accuracy
     base, nearest, new, few, mix = new_language(texts, s, seed, quick)
@@ -449,7 +452,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/features"), help="folder of its sentence vectors")
     parser.add_argument("--data", default="cldr_topic", help="cldr_topic, cldr_pairs or a file (default: %(default)s)")
     parser.add_argument("--split", type=int, default=7, help="seed that draws the held-out concepts")
-    parser.add_argument("--designs", default=",".join(DESIGNS), help="default: %(default)s")
+    parser.add_argument("--designs", default=";".join(DESIGNS), help="with ; between them; default: %(default)s")
     parser.add_argument("--variants", help="with ; between them; default: all")
     parser.add_argument("--languages", help="fewer than all fifteen, to see that it runs: en,sw,tr")
     parser.add_argument("--seeds", type=int, default=8, help="fresh seeds to test (default: %(default)s)")
@@ -468,9 +471,9 @@ def main() -> None:
     texts = read_texts(options.data, options.encoder, options.cache, options.split, only)
     seeds = range(FIRST_SEED, FIRST_SEED + (0 if options.tune_only else options.seeds))
     tune = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tune_seeds)
-    for name in options.designs.split(","):
+    for name in options.designs.split(";"):
         print(f"{name}:", flush=True)
-        table = {n: v for n, (v, _, _) in NEW_VARIANTS.items()} if name == NEW_LANGUAGE else VARIANTS
+        table = {n: v for n, (v, _, _) in NEW_VARIANTS.items()} if name in (NEW_LANGUAGE, WIDER) else VARIANTS
         wanted = [n for n in table if options.variants is None or n in options.variants.split(";")]
         tried = {n: table[n].settings() for n in dict.fromkeys([LABELS_ONLY, UNIFORM, *wanted])}
         result = run_design(texts, name, tried, tune, seeds, options.quick)

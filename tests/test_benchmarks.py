@@ -192,7 +192,7 @@ def test_bench_quality(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT.with_name("bench_quality.py")), "--encoder", str(tmp_path / "encoder")]
     command += ["--cache", str(tmp_path / "cache"), "--languages", "en,sw,tr", "--json", str(figures)]
     command += ["--quick", "--tune-seeds", "1", "--seeds", "2"]
-    command += ["--variants", "adaptive importance;own teacher", "--designs", "transfer,new language"]
+    command += ["--variants", "adaptive importance;own teacher", "--designs", "transfer;new language"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = json.loads(figures.read_text())
