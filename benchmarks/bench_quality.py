@@ -39,6 +39,7 @@ from students import INF, Setting, Situation, Students, Variant, fit, statistics
 from torch import Tensor, nn
 
 from amtss_fast.data import load_data
+from amtss_fast.files import write_atomically
 
 BETAS = (0.05, 0.2, 0.5)
 GROUPS = {
@@ -484,7 +485,7 @@ def main() -> None:
         print(show({title: result}), flush=True)
         if options.json:
             kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
-            options.json.write_text(as_json(kept | {title: result}) + "\n", encoding="utf-8")
+            write_atomically(options.json, as_json(kept | {title: result}) + "\n")
 
 
 if __name__ == "__main__":

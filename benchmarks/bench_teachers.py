@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForSequenceC
 
 from amtss_fast import AMTSSForSequenceClassification, Teacher, load_teacher
 from amtss_fast.data import load_data
+from amtss_fast.files import write_atomically
 from amtss_fast.precision import compare
 
 ENGINES = (
@@ -299,7 +300,7 @@ def main() -> None:
         # Engines measured before are kept: each is compared with the float32 of its own run.
         kept = [row for row in known.get(part, {}).get("rows", []) if row["engine"] not in engines]
         known[part] = {"machine": about, **source, "rows": [*rows, *kept]}
-        args.json.write_text(json.dumps(known, indent=1) + "\n")
+        write_atomically(args.json, json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

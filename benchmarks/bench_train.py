@@ -45,6 +45,7 @@ from amtss_fast.cache import ROW, CachedTeachers
 from amtss_fast.config import CacheConfig, RunConfig, load_config
 from amtss_fast.data import DistillationCollator
 from amtss_fast.evaluation import evaluate
+from amtss_fast.files import write_atomically
 from amtss_fast.report import STUDENT
 from amtss_fast.run import open_run
 
@@ -285,7 +286,7 @@ def main() -> None:
         for row in rows:
             if "plain" in seconds:
                 row["speedup"] = seconds["plain"] / row["seconds"]
-        args.json.write_text(json.dumps({"machine": about, **size, "ways": rows}, indent=1) + "\n")
+        write_atomically(args.json, json.dumps({"machine": about, **size, "ways": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
