@@ -308,10 +308,10 @@ def _check_logits(
             raise RuntimeError(
                 f"teacher_logits[{k}] is on {teacher.device}, student_logits on {device}: move one of them"
             )
-        scale = (row_max[k], step[k]) if row_max else (None, None)
-        if scale[0] is None and not teacher.is_floating_point():
+        if not teacher.is_floating_point() and not (row_max and row_max[k] is not None):
             raise TypeError(f"teacher_logits[{k}] must be floating or QuantizedLogits, got {teacher.dtype}")
-        for name, values in zip(("row_max", "step"), scale, strict=True):
+    for name, scales in (("row_max", row_max), ("step", step)):
+        for k, values in enumerate(scales):
             if values is not None:
                 check_tensor(f"teacher_logits[{k}].{name}", values, "student_logits", device, [(shape[0],)])
 

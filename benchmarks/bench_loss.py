@@ -7,17 +7,18 @@
     python benchmarks/bench_loss.py --results FOLDER       all three, named after the device
     python benchmarks/bench_loss.py --grid --json FILE --resume     go on with the cases that FILE lacks
 
-Every case first checks that the rivals agree. Times are medians of interleaved runs with their quartiles. GB/s counts
-each logit read once and each gradient written once. The floor is the larger of these bytes at the speed of a copy and
-one exponential per logit at the speed of the kernel's own exponential in cache. Memory is the peak beyond the inputs
-and the gradient. On a GPU times lie between events of the device and the floor is the bytes alone. Liger-Kernel's KL
-joins in there at K = 1 if it is installed.
+Every case first checks that the rivals agree. Times are medians of interleaved runs with their quartiles; a run is
+forward, backward and the release of the gradient. GB/s counts each logit read once and each gradient written once. The
+floor is the larger of these bytes at the speed of a copy and one exponential per logit at the speed of the kernel's own
+exponential in cache. Memory is the peak beyond the inputs and the gradient. On a GPU times lie between events of the
+device and the floor is the bytes alone. Liger-Kernel's KL joins in there at K = 1 if it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -27,6 +28,7 @@ from cases import (
     NAMED,
     Case,
     Limits,
+    Loss,
     check_agreement,
     default_device,
     grid,
@@ -50,11 +52,16 @@ def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[
         names = [name for name in names if name != "liger"]
     losses = rivals(names)
     check_agreement(losses, student, teachers, labels)
-    runs = {name: lambda f=loss_fn: step(f, student, teachers, labels) for name, loss_fn in losses.items()}
+
+    def run(loss_fn: Loss) -> None:
+        step(loss_fn, student, teachers, labels)
+        # Each rival pays for freeing its own gradient. The next one would, otherwise.
+        student.grad = None
+
+    runs = {name: functools.partial(run, loss_fn) for name, loss_fn in losses.items()}
     timings = time_interleaved(runs, seconds)
     rows: list[Row] = []
     for name, timing in timings.items():
-        student.grad = None
         memory = peak_memory(runs[name]) - student.nbytes
         rows.append(
             {
