@@ -9,13 +9,14 @@
 namespace amtss {
 namespace {
 
+constexpr int64_t large_page = 2 << 20;
+
 // Exchanged whole: there is no lock that a child of fork() could inherit locked.
 std::atomic<Block*> kept{nullptr};
 
 }  // namespace
 
 Block::Block(int64_t wanted) : bytes((wanted + 4095) / 4096 * 4096) {
-    constexpr int64_t large_page = 2 << 20;
     void* const mapped = mmap(nullptr, bytes + large_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
     const int64_t before = -reinterpret_cast<uintptr_t>(mapped) % large_page;
@@ -39,7 +40,8 @@ Block* take_block(int64_t bytes) {
 
 void give_block(Block* block) {
 #if defined(MADV_FREE)
-    madvise(block->memory, block->bytes, MADV_FREE);
+    // The small pages at the end would take as long as all others.
+    madvise(block->memory, block->bytes / large_page * large_page, MADV_FREE);
 #endif
     delete kept.exchange(block);
 }
