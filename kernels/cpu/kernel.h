@@ -25,8 +25,8 @@ constexpr float infinity = __builtin_inff(), nan = __builtin_nanf("");
 // Logits of a block are read again and again while they are in the first-level cache. A lane adds up half as many values
 // as it has of a block in float; blocks are added up in double.
 constexpr int64_t block = 128 * W;
-// Up to this many classes a lane holds a row.
-constexpr int64_t few_classes = 32;
+// Up to this many classes a lane holds a row. Its sums are float, so that there may not be many more.
+constexpr int64_t few_classes = 12 * W < 128 ? 12 * W : 128;
 
 // A whole vector of a row, or its last elements.
 struct Whole {};

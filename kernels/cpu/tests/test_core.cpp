@@ -389,7 +389,7 @@ void test_formula(const Kernel& kernel) {
     const std::vector<std::vector<Type>> types = {
         {Type::f32}, {Type::bf16, Type::f16}, {Type::f16, Type::codes}, {Type::f32, Type::bf16, Type::codes}};
     unsigned seed = 0;
-    for (const int64_t classes : {2, 3, 15, 16, 17, 32, 33, 100, 1024, 1061, 5000, 40000})
+    for (const int64_t classes : {2, 3, 15, 16, 17, 48, 49, 96, 97, 128, 129, 1024, 1061, 5000, 40000})
         for (size_t o = 0; o < all.size(); o++)
             for (size_t t = 0; t < types.size(); t++)
                 for (const int64_t teachers : {1, 3}) {
