@@ -150,7 +150,7 @@ def int8_linear(
 
     Args:
         packed: int8 codes [out / 32, in / 4, 32, 4], both rounded up, zeros in what is added.
-        offset: int32 [out], -128 times the sum of an output's codes.
+        offset: int32 [out], minus the sum of an output's codes.
         scale: float32 [out]. bias: float32 [out].
         gelu: y P(X < y) for a standard normal X in place of y.
     """

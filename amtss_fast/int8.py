@@ -70,8 +70,9 @@ def choose_engine(engine: str | None, device: torch.device) -> str:
     return chosen
 
 
-# Products of 8-bit codes: y[n] = step[n] * sum_i a[n, i] * scale * w[:, i] + bias, with a[n] = round(x[n] / step[n])
-# and step[n] = max |x[n]| / 127.
+# Products of 8-bit codes: y[n] = step[n] * sum_i a[n, i] * scale * w[:, i] + bias, with a[n] = round(x[n] / step[n]).
+# native: step[n] = (max(0, max x[n]) - min(0, min x[n])) / 255; onednn, which has one zero point for all rows:
+# step[n] = max |x[n]| / 127.
 
 
 class Int8Linear(nn.Module):
@@ -130,8 +131,7 @@ class NativeLinear(Int8Linear):
 
     def _packed(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         outputs, inputs = codes.shape
-        # Codes of inputs are kept as a + 128.
-        offset = codes.sum(1, dtype=torch.int32).mul_(-128)
+        offset = codes.sum(1, dtype=torch.int32).neg_()
         padded = F.pad(codes, (0, -inputs % 4, 0, -outputs % 32))
         return padded.view(-(-outputs // 32), 32, -(-inputs // 4), 4).transpose(1, 2).contiguous(), offset
 

@@ -55,8 +55,14 @@ def test_the_product_is_that_of_the_codes(name: str, shape: tuple[int, int, int]
     bias = torch.randn(outputs, generator=generator)
     # The same codes in float64.
     scale = weight.abs().amax(1) / int8._LAYERS[name].largest_code()
-    step = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-    codes = (x * step.reciprocal()).round().double()
+    if name == "native":
+        least, largest = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+        step = (largest / 255 - least / 255).clamp(min=1e-30)
+        top = 255 + (least * step.reciprocal()).round()
+        codes = (x * step.reciprocal()).round().minimum(top).double()
+    else:
+        step = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+        codes = (x * step.reciprocal()).round().double()
     product = (codes * step) @ ((weight / scale[:, None]).round().double() * scale[:, None]).T
     for b in (None, bias):
         expected = product if b is None else product + b

@@ -6,13 +6,14 @@
 namespace amtss {
 
 // y[n, j] = step[n] * scale[j] * sum_i a[n, i] * w[j, i] + bias[j], with a[n, i] = round(x[n, i] / step[n]) and
-// step[n] = max_i |x[n, i]| / 127. Sums are exact: a row's result depends on that row alone, not on its place in the
-// batch nor on the number of threads. A row with NaN or infinity gives values that are not finite.
+// step[n] = (max(0, max_i x[n, i]) - min(0, min_i x[n, i])) / 255. Codes are kept as a + zero[n], zero[n] that of the
+// least x, cut off at 255. Sums are exact: a row's result depends on that row alone, not on its place in the batch nor on
+// the number of threads. A row with NaN or infinity gives values that are not finite.
 struct Int8Linear {
     int64_t rows, inputs, outputs;  // inputs: up to 65,536, so that sums of 255 * 127 stay within 32 bits
     const float* x;                 // [rows, inputs]
     const int8_t* weight;           // [outputs / 32, inputs / 4, 32, 4], both rounded up, zeros in what is added
-    const int32_t* offset;          // [outputs]: -128 * sum_i w[j, i], as codes of x are kept as a + 128
+    const int32_t* offset;          // [outputs]: -sum_i w[j, i], of which zero[n] is part of every sum
     const float* scale;             // [outputs]
     const float* bias;              // [outputs], or null
     bool gelu;                      // y becomes y * P(X < y) for a standard normal X

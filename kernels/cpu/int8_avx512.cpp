@@ -9,32 +9,44 @@
 namespace amtss {
 namespace {
 
-// a + 128 for n values, and anything behind them; returns the step.
-float quantize(const float* x, int64_t n, uint8_t* codes) {
-    // Bits of magnitudes are ordered as the magnitudes are, NaN above infinity.
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i largest[4] = {};
+// How a row is coded.
+struct Code {
+    float step;
+    int32_t zero;
+};
+
+// a + zero for n values, and anything behind them.
+Code quantize(const float* x, int64_t n, uint8_t* codes) {
+    // Zero is always within. `finite` becomes NaN by NaN and infinity, which minimum and maximum may lose.
+    __m512 least[4] = {}, largest[4] = {}, finite[4] = {};
+    const auto look = [&](int v, __m512 values) INLINE {
+        least[v] = _mm512_min_ps(least[v], values);
+        largest[v] = _mm512_max_ps(largest[v], values);
+        finite[v] = _mm512_fmadd_ps(values, _mm512_setzero_ps(), finite[v]);
+    };
     int64_t i = 0;
     for (; i + 64 <= n; i += 64)
-        for (int v = 0; v < 4; v++)
-            largest[v] = _mm512_max_epu32(largest[v], _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16 * v)));
-    for (; i < n; i += 16)
-        largest[0] = _mm512_max_epu32(
-            largest[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first(n - i), x + i)));
-    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(largest[0], largest[1]),
-                                                                   _mm512_max_epu32(largest[2], largest[3])));
-    float step;
-    std::memcpy(&step, &bits, sizeof step);
-    step /= 127;
+        for (int v = 0; v < 4; v++) look(v, _mm512_loadu_ps(x + i + 16 * v));
+    for (; i < n; i += 16) look(0, _mm512_maskz_loadu_ps(first(n - i), x + i));
+    for (int v = 1; v < 4; v++) {
+        least[0] = _mm512_min_ps(least[0], least[v]);
+        largest[0] = _mm512_max_ps(largest[0], largest[v]);
+        finite[0] = _mm512_add_ps(finite[0], finite[v]);
+    }
+    const float low = _mm512_reduce_min_ps(least[0]);
+    float step = _mm512_reduce_max_ps(largest[0]) / 255 - low / 255;
     // A row of zeros has codes 0, not NaN.
     if (step < 1e-30f) step = 1e-30f;
+    step += _mm512_reduce_add_ps(finite[0]);
     const __m512 inverse = _mm512_set1_ps(1 / step);
+    const int32_t zero = -_mm_cvtss_si32(_mm_set_ss(low * _mm512_cvtss_f32(inverse)));
     for (i = 0; i < n; i += 16) {
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), inverse);
-        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
-        _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(code));
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(zero));
+        // Where both ends were rounded up, the largest would be 256.
+        _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtusepi32_epi8(code));
     }
-    return step;
+    return {step, zero};
 }
 
 // x * P(X < x) for a standard normal X, by P(X > x) e^(x^2 / 2), which is a polynomial of 1 / (1 + 0.23 x) within 6e-8
@@ -76,7 +88,7 @@ struct Outputs {
 
 // R rows of codes by one panel of 32 outputs.
 template <int R>
-void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const float* step, int64_t output, float* y) {
+void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const Code* code, int64_t output, float* y) {
     constexpr Rows<R> rows;
     const int64_t quads = (p.inputs + 3) / 4;
     const int8_t* w = p.weight + output * quads * 4;
@@ -85,7 +97,8 @@ void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const floa
     const __m512i high_offset = _mm512_maskz_loadu_epi32(high_outputs.mask, p.offset + output + 16);
     __m512i low[R], high[R];
     each(rows, [&](auto r) INLINE {
-        low[r] = low_offset, high[r] = high_offset;
+        const __m512i zero = _mm512_set1_epi32(code[r].zero);
+        low[r] = _mm512_mullo_epi32(zero, low_offset), high[r] = _mm512_mullo_epi32(zero, high_offset);
         // So that stores do not wait for memory, row after row.
         __builtin_prefetch(y + r * p.outputs + output, 1);
         __builtin_prefetch(y + r * p.outputs + std::min(output + 16, p.outputs - 1), 1);
@@ -99,14 +112,14 @@ void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const floa
         each(rows, [&](auto r) INLINE {
             int32_t four;
             std::memcpy(&four, row[r] + 4 * q, sizeof four);
-            const __m512i code = _mm512_set1_epi32(four);
-            add_products(low[r], code, w_low);
-            add_products(high[r], code, w_high);
+            const __m512i values = _mm512_set1_epi32(four);
+            add_products(low[r], values, w_low);
+            add_products(high[r], values, w_high);
         });
     }
     each(rows, [&](auto r) INLINE {
-        low_outputs.store(low[r], step[r], y + r * p.outputs);
-        high_outputs.store(high[r], step[r], y + r * p.outputs);
+        low_outputs.store(low[r], code[r].step, y + r * p.outputs);
+        high_outputs.store(high[r], code[r].step, y + r * p.outputs);
     });
     if (!p.gelu) return;
     // By itself, as it wants all registers.
@@ -124,12 +137,12 @@ void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const floa
 void int8_rows_avx512(const Int8Linear& p, int64_t begin, int64_t end, uint8_t* codes) {
     // Not a multiple of a page: rows would fall on the same few lines of the cache.
     const int64_t stride = (p.inputs + 15) / 16 * 16 + 16;
-    float step[most_tile_rows];
+    Code code[most_tile_rows];
     for (int64_t r = 0; r < end - begin; r++)
-        step[r] = quantize(p.x + (begin + r) * p.inputs, p.inputs, codes + r * stride);
+        code[r] = quantize(p.x + (begin + r) * p.inputs, p.inputs, codes + r * stride);
     for (int64_t output = 0; output < p.outputs; output += 32)
         row_blocks(end - begin, [&](int64_t from, int64_t to) {
-            FOR_ROWS(to - from, panel, p, codes + from * stride, stride, step + from, output,
+            FOR_ROWS(to - from, panel, p, codes + from * stride, stride, code + from, output,
                      p.y + (begin + from) * p.outputs);
         });
 }

@@ -586,7 +586,7 @@ void test_int8_linear(int64_t rows, int64_t inputs, int64_t outputs, bool gelu) 
         for (int64_t i = 0; i < inputs; i++) {
             const int8_t code = int8_t(int(random() % 255) - 127);
             w[j * inputs + i] = packed[((j / 32 * quads + i / 4) * 32 + j % 32) * 4 + i % 4] = code;
-            offset[j] -= 128 * code;
+            offset[j] -= code;
         }
     }
     Int8Linear p{rows,       inputs,      outputs, x.data(), packed.data(), offset.data(), scale.data(), bias.data(), gelu,
@@ -596,13 +596,16 @@ void test_int8_linear(int64_t rows, int64_t inputs, int64_t outputs, bool gelu) 
     run(p, 3);
     CHECK(y == again, "other bits with other threads");
     for (int64_t n = 0; n < rows; n++) {
-        float largest = 0;
-        for (int64_t i = 0; i < inputs; i++) largest = std::max(largest, std::fabs(x[n * inputs + i]));
-        const float step = largest / 127, inverse = 1 / step;
+        float least = 0, largest = 0;
+        for (int64_t i = 0; i < inputs; i++) {
+            least = std::min(least, x[n * inputs + i]);
+            largest = std::max(largest, x[n * inputs + i]);
+        }
+        const float step = largest / 255 - least / 255, inverse = 1 / step, top = 255 + std::nearbyint(least * inverse);
         for (int64_t j = 0; j < outputs; j++) {
             int64_t sum = 0;
             for (int64_t i = 0; i < inputs; i++)
-                sum += int64_t(std::nearbyint(x[n * inputs + i] * inverse)) * w[j * inputs + i];
+                sum += int64_t(std::min(top, std::nearbyint(x[n * inputs + i] * inverse))) * w[j * inputs + i];
             double exact = double(sum) * scale[j] * step + bias[j];
             if (gelu) exact *= 0.5 * std::erfc(-exact / std::sqrt(2.0));
             const double error = std::fabs(y[n * outputs + j] - exact);
