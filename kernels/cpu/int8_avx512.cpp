@@ -39,7 +39,7 @@ Code quantize(const float* x, int64_t n, uint8_t* codes) {
     if (step < 1e-30f) step = 1e-30f;
     step += _mm512_reduce_add_ps(finite[0]);
     const __m512 inverse = _mm512_set1_ps(1 / step);
-    const int32_t zero = -_mm_cvtss_si32(_mm_set_ss(low * _mm512_cvtss_f32(inverse)));
+    const int32_t zero = _mm_cvtss_si32(_mm_set_ss(-low * _mm512_cvtss_f32(inverse)));
     for (i = 0; i < n; i += 16) {
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), inverse);
         const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(zero));
