@@ -84,22 +84,16 @@ def run(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> 
         FileExistsError: the folder is not empty, and neither `overwrite` nor `resume` was asked for.
         ValueError: `resume` with another configuration; and what the data, the models and the loss find wrong.
     """
-    folder = Path(config.output_dir)
     run = open_run(config, resume=resume)
     # Wrong training arguments show before anything is written.
     for teacher in config.teachers:
         run.teacher_arguments(teacher)
-    # Training arguments that are asked for their device set up the processes of a distributed run.
-    run.arguments(STUDENT, config.training).device  # noqa: B018
     run._turns(len(config.teachers))
-    state = PartialState()
-    if state.is_main_process:
-        _prepare(folder, config, overwrite, resume)
-    state.wait_for_everyone()
+    state = _set_up(run, overwrite=overwrite, resume=resume)
     # Bars for what takes long: training, evaluation, tokenising; none for reading and writing a checkpoint.
     disable_progress_bar()
     run.carry_out(state)
-    return folder
+    return run.folder
 
 
 def open_run(config: RunConfig, *, resume: bool = False) -> Run:
@@ -119,12 +113,8 @@ def compute_cache(config: RunConfig) -> list[str]:
         FileExistsError, ValueError: as :func:`run`, which goes on there with `resume`; no `teacher_cache`.
     """
     run = open_run(config, resume=True)
-    run.arguments(STUDENT, config.training).device  # noqa: B018
     run._cache  # noqa: B018
-    state = PartialState()
-    if state.is_main_process and any(teacher.path is None for teacher in config.teachers):
-        _prepare(run.folder, config, overwrite=False, resume=True)
-    state.wait_for_everyone()
+    state = _set_up(run, writes=any(teacher.path is None for teacher in config.teachers))
     disable_progress_bar()
     return run.compute_cache(state)
 
@@ -153,6 +143,17 @@ def check_teachers(
             raise FileNotFoundError(f"teacher {teacher.name!r} is not trained yet: no {folder}")
     disable_progress_bar()
     return run.check_teachers(precisions, rows, batch_size)
+
+
+def _set_up(run: Run, *, overwrite: bool = False, resume: bool = True, writes: bool = True) -> PartialState:
+    """The processes of a distributed run, and its folder where it `writes` there; raises as :func:`run`."""
+    # Training arguments that are asked for their device set up the processes.
+    run._device  # noqa: B018
+    state = PartialState()
+    if writes and state.is_main_process:
+        _prepare(run.folder, run.config, overwrite, resume)
+    state.wait_for_everyone()
+    return state
 
 
 def _prepare(folder: Path, config: RunConfig, overwrite: bool, resume: bool) -> None:
@@ -423,11 +424,7 @@ class Run:
         here = self.folder / "teachers"
         if all(teacher.path is not None or (here / teacher.name).is_dir() for teacher in self.config.teachers):
             return
-        self._device  # noqa: B018
-        state = PartialState()
-        if state.is_main_process:
-            _prepare(self.folder, self.config, overwrite=False, resume=True)
-        state.wait_for_everyone()
+        _set_up(self)
         for teacher in self.config.teachers:
             self._source(teacher)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
+
+from amtss_fast.files import publish
 
 
 def sentence_vectors(
@@ -46,5 +47,5 @@ def sentence_vectors(
     cache.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npy")
     np.save(partial, vectors)
-    os.replace(partial, file)
+    publish(partial, file)
     return vectors

@@ -167,8 +167,10 @@ def test_rows_go_to_the_teachers_of_their_language(tmp_path: Path) -> None:
     west = load_teacher(tiny_teacher(tmp_path / "w", seed=1), languages=["es", "en"])
     east = load_teacher(tiny_teacher(tmp_path / "e", seed=2), languages=["ur", "sw", "en"])
     idle = load_teacher(tiny_teacher(tmp_path / "i", seed=3), prior=0)
-    # Urdu, the longest, comes to one teacher only; nobody teaches German.
+    # Urdu, made the longest by more than padding adds, comes to one teacher only; nobody teaches German.
     batch = make_batch()
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        batch[name] = torch.cat([batch[name], batch[name][:, 16:] * (IDS == 4).unsqueeze(1)], 1)
     pool = make_pool(west, east, idle)
     spies = [Spy(west), Spy(east), Spy(idle)]
     logits, mask = pool.logits(batch)
@@ -192,6 +194,7 @@ def test_rows_go_to_the_teachers_of_their_language(tmp_path: Path) -> None:
         assert seen.keys() == {"input_ids", "attention_mask", "token_type_ids", "return_dict"}
         alone = pool.teachers[k].logits(**batch)[rows]
         torch.testing.assert_close(logits[k, rows], alone, rtol=1e-4, atol=1e-5)
+    assert spies[0].calls[0]["input_ids"].shape[1] < batch["input_ids"].shape[1]
     # What comes out is what the loss takes.
     student = torch.randn(10, 3, requires_grad=True)
     _, stats = amtss_loss(

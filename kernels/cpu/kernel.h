@@ -174,6 +174,7 @@ struct Best {
     vf first = set(-infinity);
 
     void take(vf v) { first = max(first, v); }
+    void take(const Best& other) { take(other.first); }
     Top top() const { return {largest_lane(first), -infinity}; }
 };
 struct BestTwo {
@@ -201,7 +202,7 @@ template <class T>
 inline float largest(const Row<T>& x, int64_t n) {
     Best even, odd;
     sweep_pairs(even, odd, n, [&](Best& best, int64_t i, auto part) { best.take(load(x, i, part)); });
-    even.take(odd.first);
+    even.take(odd);
     return even.top().first;
 }
 
@@ -239,28 +240,24 @@ struct Sums {
     Top top;
 };
 
-template <class Best>
+template <class Maxima>
 struct Lanes {
     vf z = {}, d = {};
-    Best best;
+    Maxima best;
 };
 
-inline Sums add_up(const Lanes<Best>& even, const Lanes<Best>& odd) {
-    Best best = even.best;
-    best.take(odd.best.first);
-    return {sum(even.z + odd.z), sum(even.d + odd.d), best.top()};
-}
-inline Sums add_up(const Lanes<BestTwo>& even, const Lanes<BestTwo>& odd) {
-    BestTwo best = even.best;
+template <class Maxima>
+inline Sums add_up(const Lanes<Maxima>& even, const Lanes<Maxima>& odd) {
+    Maxima best = even.best;
     best.take(odd.best);
     return {sum(even.z + odd.z), sum(even.d + odd.d), best.top()};
 }
 
 // a = x - origin, y = e^(a / tau). `a` may be the memory of x, where the origin is 0.
-template <class Best, class T>
+template <class Maxima, class T>
 [[gnu::flatten]] inline Sums exp_block(Row<T> x, float* a, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
-    Lanes<Best> even, odd;
-    sweep_pairs(even, odd, n, [&](Lanes<Best>& sums, int64_t i, auto part) {
+    Lanes<Maxima> even, odd;
+    sweep_pairs(even, odd, n, [&](Lanes<Maxima>& sums, int64_t i, auto part) {
         ahead.fetch(i);
         const vf logit = load(x, i, part), shifted = logit - origin;
         const vf v = exp(shifted, e);
@@ -274,10 +271,10 @@ template <class Best, class T>
 
 // The same for a teacher, with D against the student's logits less their origin, b. `masked`: 0 log 0 = 0, also where the
 // student's logit is -inf; otherwise d is NaN there, and the same bits where there are none.
-template <bool masked, class Best, class T>
+template <bool masked, class Maxima, class T>
 [[gnu::flatten]] inline Sums divergence_block(Row<T> x, const float* b, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
-    Lanes<Best> even, odd;
-    sweep_pairs(even, odd, n, [&](Lanes<Best>& sums, int64_t i, auto part) {
+    Lanes<Maxima> even, odd;
+    sweep_pairs(even, odd, n, [&](Lanes<Maxima>& sums, int64_t i, auto part) {
         ahead.fetch(i);
         const vf logit = load(x, i, part), a = logit - origin;
         const vf v = exp(a, e);
