@@ -69,16 +69,16 @@ def linear_amtss_loss(
         labels: [N] int64, or None for a batch without labels.
         student_bias: [C] floating, or None.
         teacher_bias: None, or for each teacher [C_k] floating or None.
-        chunk_rows: rows whose logits are held at a time, (K + 2) C numbers each. None: as many as fit into 128 MiB (1
-            GiB on an accelerator), but 64 at least.
+        chunk_rows: rows whose logits are held at a time, (K + 2) C numbers each. None: as many as fit into 128 MiB, but
+            64 at least (1 GiB and 128 rows on an accelerator).
         temperature, weighting, weight_temperature, teacher_prior, teacher_mask, sample_weight, kd_weight, ce_weight,
             label_smoothing, ignore_index, unlabeled_index, reduction, num_items, return_stats, backend: as of
             :func:`amtss_loss`. With reduction="none" the backward pass computes the logits a second time.
 
     On the CPU products are float32 whatever the dtype of hidden states and heads (float64 for float64), the latter
-    converted by blocks. On an accelerator they run in the dtype of the hidden states, and knowing which rows are
-    ignored waits for the device once. The same call gives the same bits; another number of threads may give others,
-    as in any matrix product.
+    converted by blocks. On an accelerator they run in the dtype of the hidden states, gradients are summed in float32
+    all the same, and knowing which rows are ignored waits for the device once. The same call gives the same bits;
+    another number of threads may give others, as in any matrix product.
 
     Returns, infinities, NaN: as of :func:`amtss_loss`.
 

@@ -6,10 +6,11 @@ at once into the products that give the gradients of hidden states and head. Mem
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,21 +29,62 @@ _SCHEMA = """linear_amtss_loss(
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# Bytes that the logits of a chunk may take. Fewer rows than `_LEAST_ROWS` make the matrix products inefficient, so that
-# many classes may take more.
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-_LEAST_ROWS = 64
-# Classes of a block of a head: on the CPU what the caches hold, on an accelerator enough work for a launch.
-_BLOCK = {"cpu": 4096, "cuda": 32768}
+
+class _Sizes(NamedTuple):
+    """What suits a device."""
+
+    # Bytes that the logits of a chunk may take. Fewer rows than `least_rows` make the products inefficient, so that
+    # many classes may take more.
+    chunk_bytes: int
+    least_rows: int
+    # Rows of a chunk are a multiple of this: whole vectors, or whole tiles of a product.
+    rows: int
+    # Classes of a block of a head: what the caches hold, or enough work for a launch.
+    block: int
+    # A row of logits is a multiple of this long: products of half precision are fast where rows begin at 16 bytes.
+    classes: int
 
 
-def default_chunk_rows(n_rows: int, n_classes: int, n_teachers: int, itemsize: int, device_type: str) -> int:
+_CPU = _Sizes(128 << 20, 64, 16, 4096, 1)
+_ACCELERATOR = _Sizes(1 << 30, 128, 128, 32768, 16)
+
+
+def _sizes(device: torch.device) -> _Sizes:
+    return _CPU if device.type == "cpu" else _ACCELERATOR
+
+
+def default_chunk_rows(n_rows: int, n_classes: int, n_teachers: int, itemsize: int, device: torch.device) -> int:
     """Rows of a chunk: all chunks have about the same number."""
+    sizes = _sizes(device)
     row_bytes = (n_teachers + 2) * n_classes * itemsize
-    most = max(_LEAST_ROWS, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cpu"]) // row_bytes)
+    most = max(sizes.least_rows, sizes.chunk_bytes // row_bytes // sizes.rows * sizes.rows)
     n_chunks = max(1, math.ceil(n_rows / most))
-    # Whole vectors of rows.
-    return min(most, 16 * math.ceil(max(1, n_rows) / n_chunks / 16))
+    return sizes.rows * math.ceil(max(1, n_rows) / n_chunks / sizes.rows)
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds products of `dtype` to a float32 matrix without rounding them first, found by trying.
+
+    Recent versions do, on CUDA.
+    """
+    x, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add a @ b to `total`, in the precision of `total` whatever theirs is; with `first` overwrite it."""
+    beta = float(not first)
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif _adds_to_float32(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 @dataclass
@@ -59,11 +101,17 @@ class _Head:
         # The CPU has no fast products of half precision. An accelerator has, and there hidden states set the dtype.
         self.on_cpu = self.hidden.device.type == "cpu"
         self.dtype = ops.accumulation_dtype(self.hidden) if self.on_cpu else self.hidden.dtype
-        self.block = _BLOCK["cpu" if self.on_cpu else "cuda"]
 
     def rows(self, pick: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """The hidden states of these rows, [n, H]."""
         return self.hidden[pick].to(dtype).contiguous()
+
+    def blocks(self, n_classes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+        """Begin and end of the head's blocks in products of `dtype`; one where an accelerator need not convert it."""
+        whole = not self.on_cpu and self.weight.dtype == dtype
+        length = n_classes if whole else _sizes(self.hidden.device).block
+        for begin in range(0, n_classes, length):
+            yield begin, min(begin + length, n_classes)
 
     def classes(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows [begin, end) of the head, without the scale of codes."""
@@ -80,17 +128,21 @@ class _Head:
         rows = self.rows(pick, self.dtype)
         if taught is not None:
             rows = rows[taught]
-        for begin in range(0, n_classes, self.block):
-            end = min(begin + self.block, n_classes)
+        for begin, end in self.blocks(n_classes, self.dtype):
             target = out[:, begin:end]
             # CPU libraries are faster with the rows side by side in memory, so much that a copy pays.
             aside = self.on_cpu or taught is not None
             block = self.scratch("block", self.dtype, end - begin, len(rows)).t() if aside else target
-            torch.mm(rows, self.classes(begin, end, self.dtype).t(), out=block)
-            if self.scale is not None:
-                block.mul_(self.scale[begin:end])
-            if self.bias is not None:
-                block.add_(self.bias[begin:end])
+            head = self.classes(begin, end, self.dtype).t()
+            bias = None if self.bias is None else self.bias[begin:end]
+            if bias is not None and self.scale is None:
+                torch.addmm(bias.to(self.dtype), rows, head, out=block)
+            else:
+                torch.mm(rows, head, out=block)
+                if self.scale is not None:
+                    block.mul_(self.scale[begin:end])
+                if bias is not None:
+                    block.add_(bias)
             if taught is not None:
                 target.index_copy_(0, taught, block)
             elif aside:
@@ -104,19 +156,13 @@ class _Head:
         Each of them is empty where it is not wanted; `first` overwrites in place of adding.
         """
         rows = self.rows(pick, grad.dtype)
-        grad_rows = torch.empty_like(rows)
-        for begin in range(0, grad.shape[1], self.block):
-            end = min(begin + self.block, grad.shape[1])
+        grad_rows = rows.new_empty(rows.shape, dtype=ops.accumulation_dtype(grad))
+        for begin, end in self.blocks(len(self.weight), grad.dtype):
             block = grad[:, begin:end]
             if to_hidden.numel() > 0:
-                grad_rows.addmm_(block, self.classes(begin, end, grad.dtype), beta=float(begin > 0))
+                _add_product(grad_rows, block, self.classes(begin, end, grad.dtype), begin == 0)
             if to_weight.numel() > 0:
-                target = to_weight[begin:end]
-                if target.dtype == grad.dtype:
-                    target.addmm_(block.t(), rows, beta=float(not first))
-                else:
-                    product = torch.mm(block.t(), rows)
-                    target.copy_(product) if first else target.add_(product)
+                _add_product(to_weight[begin:end], block.t(), rows, first)
             if to_bias.numel() > 0:
                 total = block.sum(0, dtype=to_bias.dtype)
                 to_bias[begin:end] = total if first else to_bias[begin:end] + total
@@ -214,17 +260,18 @@ def _compute(
         # Here and not by the backend: it sees chunks, and would name a row of the chunk.
         ops.check_values(call)
 
-    kept: Tensor | None = None
-    if labels is not None:
-        counts = labels != ignore_index
-        # On an accelerator this waits for the device: how many rows are left has to be known here.
-        if not counts.all():
-            kept = counts.nonzero().squeeze(1)
+    # On an accelerator this waits for the device: how many rows are left has to be known here.
+    kept = None if labels is None else (labels != ignore_index).nonzero().squeeze(1)
     n_kept = n_rows if kept is None else len(kept)
+    if n_kept == n_rows:
+        kept = None
     if reduction == "mean" and num_items is None:
         call = call._replace(num_items=torch.full((), max(1, n_kept), dtype=torch.float64, device=device))
     if chunk_rows is None:
-        chunk_rows = default_chunk_rows(n_kept, n_classes, n_teachers, student.dtype.itemsize, device.type)
+        chunk_rows = default_chunk_rows(n_kept, n_classes, n_teachers, student.dtype.itemsize, device)
+    # Classes beyond the last one fill rows up, -inf to everybody. Smoothed labels would have mass there.
+    unit = 1 if ce_weight > 0 and label_smoothing > 0 else _sizes(device).classes
+    row_length = unit * math.ceil(n_classes / unit)
 
     outputs = _new_outputs(
         student_hidden, student_weight, n_teachers, reduction, need_grad_hidden, need_grad_weight, need_grad_bias,
@@ -245,7 +292,7 @@ def _compute(
         end = min(begin + chunk_rows, n_kept)
         pick = slice(begin, end) if kept is None else kept[begin:end]
         chunk = call._replace(
-            student_logits=scratch("student", student.dtype, end - begin, n_classes),
+            student_logits=scratch("student", student.dtype, end - begin, row_length),
             labels=_take(labels, pick),
             teacher_prior=_take(teacher_prior, pick),
             teacher_mask=_take(teacher_mask, pick),
@@ -255,7 +302,7 @@ def _compute(
         teacher_logits = [chunk.student_logits] * n_teachers
         if kd_weight > 0 or need_stats:
             for k, teacher in enumerate(teachers):
-                teacher_logits[k] = scratch(f"teacher {k}", teacher.dtype, end - begin, n_classes)
+                teacher_logits[k] = scratch(f"teacher {k}", teacher.dtype, end - begin, row_length)
                 taught = _taught(k, chunk.teacher_prior, chunk.teacher_mask)
                 if taught is None or len(taught) > 0:
                     teacher.write_logits(pick, taught, teacher_logits[k])

@@ -856,7 +856,7 @@ class _LanguageModelRun(_TokenRun):
         asked: int | None = self.arguments(STUDENT, self.config.training).chunk_rows
         row_bytes = (len(self.config.teachers) + 2) * len(self.tokenizer) * 4
         most = max(16, budget // 10 // row_bytes)
-        default = default_chunk_rows(1 << 30, len(self.tokenizer), len(self.config.teachers), 4, device.type)
+        default = default_chunk_rows(1 << 30, len(self.tokenizer), len(self.config.teachers), 4, device)
         return asked if asked is not None or most >= default else most
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,6 +176,19 @@ def test_float64_goes_through_the_reference() -> None:
         torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options", [{"weighting": "label_nll", "ce_weight": 0.5}, {"label_smoothing": 0.1, "ce_weight": 1}]
+)
+@pytest.mark.parametrize("c", [2, 37])
+def test_rows_of_logits_that_are_filled_up(
+    backend: str, c: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where they begin at a multiple of bytes."""
+    case = make_linear_case(c=c, extras=True, **options)
+    monkeypatch.setattr(linear_ops, "_CPU", linear_ops._CPU._replace(classes=16))
+    case.check(backend, chunk_rows=8)
+
+
 @pytest.mark.parametrize("c", [37, 9000])
 def test_the_chunk_changes_nothing(backend: str, c: int) -> None:
     if backend == "triton" and c == 9000:
@@ -223,13 +237,20 @@ def test_strided_inputs() -> None:
 def product_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of hidden states that went into products for logits."""
     rows: list[int] = []
-    product: Callable[..., Tensor] = torch.mm
 
-    def counting(a: Tensor, b: Tensor, **options: Any) -> Tensor:
-        rows.append(len(a))
-        return product(a, b, **options)
+    def count(name: str, place: int) -> None:
+        product: Callable[..., Tensor] = getattr(torch, name)
 
-    monkeypatch.setattr(torch, "mm", counting)
+        def counting(*arguments: Any, **options: Any) -> Tensor:
+            # Those with a dtype of their own are sums of gradients.
+            if "out_dtype" not in options:
+                rows.append(len(arguments[place]))
+            return product(*arguments, **options)
+
+        monkeypatch.setattr(torch, name, counting)
+
+    count("mm", 0)
+    count("addmm", 1)
     return rows
 
 
@@ -246,6 +267,7 @@ def test_ignored_rows_are_left_out_of_the_products(backend: str, product_rows: l
     whole = case.run(backend, chunk_rows=5)
     assert sum(product_rows) == 4 * 13
     alone = part.run(backend, chunk_rows=5)
+    keep = keep.cpu()
     for name in ("loss", "grad_weight", "grad_bias"):
         assert torch.equal(whole[name], alone[name])
     assert torch.equal(whole["grad_hidden"][keep], alone["grad_hidden"])
@@ -340,14 +362,26 @@ def test_no_gradient_wanted_none_computed(monkeypatch: pytest.MonkeyPatch) -> No
     assert not linear_amtss_loss(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight).requires_grad
 
 
-def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32() -> None:
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(backend: str) -> None:
     # Row after row into bfloat16 would stop growing after 2^8 rows.
     case = make_linear_case(600, 5, dtype=torch.bfloat16, widths=(8,), special_rows=False, reduction="sum")
     case.hidden, case.teacher_hidden = case.hidden[:1].expand(600, 8), [case.teacher_hidden[0][:1].expand(600, 8)]
     case.labels = None
-    many = case.run(None, chunk_rows=1)["grad_weight"].double()
-    exact = case.unfused(torch.float64)["grad_weight"]
+    many = case.run(backend, chunk_rows=1)["grad_weight"].double()
+    # On an accelerator the products are in bfloat16, and have its error.
+    on_cpu = case.hidden.device.type == "cpu"
+    exact = (case.unfused(torch.float64) if on_cpu else case.run(backend, chunk_rows=600))["grad_weight"].double()
     assert float((many - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
+    # Each product is 2 + 2^-10, which half precision cannot hold.
+    a, b = torch.full((8, 2), 1.0, dtype=dtype), torch.tensor([[2.0] * 8, [2.0**-10] * 8], dtype=dtype)
+    total = torch.full((8, 8), NAN)
+    for i in range(4):
+        linear_ops._add_product(total, a, b, first=i == 0)
+    assert torch.equal(total, torch.full((8, 8), 4 * (2 + 2**-10)))
 
 
 def test_tied_embeddings() -> None:
@@ -492,13 +526,47 @@ def test_same_inputs_same_bits() -> None:
         assert torch.equal(value, first[name])
 
 
+@pytest.mark.parametrize(
+    ("device", "chunk_bytes", "least", "unit"), [("cpu", 128 << 20, 64, 16), ("cuda", 1 << 30, 128, 128)]
+)
 @pytest.mark.parametrize("n_rows", [1, 64, 384, 2048, 100_000])
 @pytest.mark.parametrize("n_classes", [3, 8000, 90_007, 250_002])
-def test_default_chunks_are_even_and_small(n_rows: int, n_classes: int) -> None:
-    rows = default_chunk_rows(n_rows, n_classes, 3, 4, "cpu")
-    assert rows * 5 * n_classes * 4 <= 128 << 20 or rows == 64
+def test_default_chunks_are_even_and_small(
+    device: str, chunk_bytes: int, least: int, unit: int, n_rows: int, n_classes: int
+) -> None:
+    rows = default_chunk_rows(n_rows, n_classes, 3, 4, torch.device(device))
+    assert rows * 5 * n_classes * 4 <= chunk_bytes or rows == least
+    assert rows % unit == 0
     n_chunks = math.ceil(n_rows / rows)
     assert n_chunks == 1 or n_rows / n_chunks > 0.75 * rows
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_waits_for_the_device_once_and_only_for_labels(dtype: torch.dtype) -> None:
+    case = _to(make_linear_case(300, 700, dtype=dtype, extras=True, ce_weight=0.5, reduction="mean"), "cuda")
+
+    def waits() -> int:
+        student = case.student()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                linear_amtss_loss(
+                    *student[:2], case.teacher_hidden, case.teacher_weight, case.labels, student_bias=student[2],
+                    teacher_bias=case.teacher_bias, chunk_rows=32, **case.options,
+                ).backward()  # fmt: skip
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    # Compiling the kernels may wait.
+    waits()
+    assert waits() == 1
+    case.labels = None
+    assert waits() == 0
 
 
 # 8-bit heads, and wrong input.
