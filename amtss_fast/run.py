@@ -673,7 +673,7 @@ class Run:
         defaults = {
             "task": self.config.task,
             "seed": self.config.seed,
-            "dataloader_pin_memory": torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available() and not options.get("use_cpu", False),
         }
         return AMTSSTrainingArguments(**{**defaults, **options, "output_dir": str(self.folder / "training" / name)})
 

@@ -1,4 +1,4 @@
-"""The same distillation four times: wall time by part, peak memory, accuracy.
+"""The same distillation four times on a CPU: wall time by part, peak memory, accuracy.
 
     python benchmarks/bench_train.py                          the full one: hours on two cores
     python benchmarks/bench_train.py --rows 3200 --epochs 1 --teacher-steps 40

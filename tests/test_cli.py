@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from transformers import pipeline
 
+from amtss_fast import cli
 from amtss_fast.cli import main
 from amtss_fast.config import load_config
 from amtss_fast.run import nest
@@ -175,7 +176,9 @@ def test_an_interrupted_run_resumes_to_the_same_student(run: Path, tmp_path: Pat
     assert read(copy / "metrics.json")["test"] == read(run / "metrics.json")["test"]
 
 
-def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where the run was, for figures to the last bit.
+    monkeypatch.setattr(cli, "_device", lambda: "cpu")
     assert main(["evaluate", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == read(run / "metrics.json")["test"]["student"]
     assert main(["evaluate", str(run)]) == 0
