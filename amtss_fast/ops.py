@@ -193,19 +193,21 @@ class _AttachGradient(torch.autograd.Function):
     """The loss, with the gradient that was computed beside it; backward only scales that."""
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, student_logits: Tensor, computed: tuple[Tensor, Tensor]) -> Tensor:
+        # In a tuple: what torch sees as an input could not be passed on without a copy, because the caller may change
+        # its loss in place.
+        loss, grad = computed
         ctx.save_for_backward(grad)
         ctx.student_dtype = student_logits.dtype
-        # A copy: the caller may change its loss in place, which torch forbids on an input that is passed on.
-        return loss.clone()
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         # `once_differentiable` would pass a constant on where grad_loss itself needs no gradient.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("amtss_loss has no second derivative: call backward without create_graph=True")
         (grad,) = ctx.saved_tensors
-        return scale_saved_gradient(grad, grad_loss, ctx.student_dtype), None, None
+        return scale_saved_gradient(grad, grad_loss, ctx.student_dtype), None
 
 
 def scale_saved_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -267,5 +269,5 @@ def run(student_logits: Tensor, *args: Any, need_stats: bool, backend: str | Non
     with torch.no_grad():
         loss, grad, *stats = compute(student_logits, *args, need_grad, need_stats, backend)
     if need_grad:
-        loss = _AttachGradient.apply(student_logits, loss, grad)
+        loss = _AttachGradient.apply(student_logits, (loss, grad))
     return (loss, *stats) if need_stats else (loss,)

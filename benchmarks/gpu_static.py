@@ -105,7 +105,7 @@ def _on_device(n_rows: int, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
 def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: str = "all") -> list[launch.Launch]:
     """What the library would launch.
 
-    `call`: "loss" and its gradient, without labels and options; "all" options and outputs at once; "strided": the same
+    `call`: "loss" and its gradient, without labels and weights; "all" options and outputs at once; "strided": the same
     with logits of any strides; "mixed": the same with 17 teachers of any type and strides, beside a student of type
     `student`.
     """
@@ -118,7 +118,7 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
         logits[-1] = _on_device(n_classes, n_rows, logits[-1].dtype).t()
     rows = torch.empty(n_rows)
     scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
-    options: tuple[Any, Any, Any, Any, Any] = (None,) * 5
+    options: tuple[Any, Any, Any, Any, Any] = (None, None, None, None, torch.tensor(16.0))
     if call != "loss":
         per_teacher = torch.empty(n_teachers, n_rows)
         options = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
@@ -127,16 +127,17 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
         logits[0], logits[1:], scales, scales, *options, 2.0, "label_margin", 1.0, 1.0,
         0.0 if call == "loss" else 0.5, 0.1, -100, -1, "mean", True, call != "loss",
     )  # fmt: skip
-    planned, _, _ = launch.prepare(given)
-    # The table of teachers is written before: a few numbers.
-    return [p for p in planned if p.kernel is not launch.write_entry]
+    planned, _ = launch.prepare(given)
+    # Around them a few numbers are written and summed.
+    return [p for p in planned if "n_classes" in p.arguments]
 
 
 def compile_for(planned: launch.Launch, chip: Chip) -> Any:
     """The launch as Triton's just-in-time compiler would compile it on that chip."""
     signature, constants = {}, {}
-    for parameter in planned.kernel.params:
-        value = planned.arguments[parameter.name]
+    binary, arguments = planned.binary, planned.arguments
+    for parameter in binary.kernel.params:
+        value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
@@ -144,8 +145,8 @@ def compile_for(planned: launch.Launch, chip: Chip) -> Any:
             signature[parameter.name] = "*" + _SHORT[value.dtype]
         else:
             signature[parameter.name] = parameter.annotation_type
-    source = ASTSource(fn=planned.kernel, signature=signature, constexprs=constants)
-    options = planned.options(chip.target.warp_size, chip.target.backend)
+    source = ASTSource(fn=binary.kernel, signature=signature, constexprs=constants)
+    options = binary.options(chip.target.warp_size, chip.target.backend)
     return triton.compile(source, target=chip.target, options=options)
 
 
@@ -157,7 +158,7 @@ def examine(planned: launch.Launch, target: str, call: str) -> Static:
     registers, spilled = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
     moves = _moves(compiled.asm["ptx" if nvidia else "amdgcn"])
     arguments = planned.arguments
-    threads = max(planned.threads, chip.target.warp_size)
+    threads = max(planned.binary.threads, chip.target.warp_size)
     columns = arguments.get("ROWS", 1) * arguments.get("CLASSES", 0)
     shared = compiled.metadata.shared
     warps = threads // chip.target.warp_size
@@ -174,8 +175,8 @@ def examine(planned: launch.Launch, target: str, call: str) -> Static:
     # A kernel for mixed types holds the loads of all of them, and runs those of one.
     counted = columns > 0 and arguments["TEACHER"] != "mixed"
     return Static(
-        planned.kernel.fn.__name__,
-        f"{cut}, {planned.threads} threads",
+        planned.binary.kernel.fn.__name__,
+        f"{cut}, {planned.binary.threads} threads",
         call,
         target,
         registers,

@@ -183,15 +183,40 @@ def test_autotuning_is_opt_in(monkeypatch: pytest.MonkeyPatch, n: int, c: int, k
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, 0.37])
 def test_the_gradient_is_scaled_in_place(dtype: torch.dtype, factor: float) -> None:
-    grad = torch.randn(5, 1001).to(dtype)
+    grad = torch.randn(5, 2001).to(dtype)
     expected = grad * factor
     same = grad.clone()
     assert _triton.scale_gradient(same, torch.tensor(factor), same) is same
     # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(same, expected, rtol=0 if factor == 1.0 else torch.finfo(dtype).eps, atol=0)
+    # By one program in Triton's interpreter, block after block.
     other = torch.full_like(grad, float("nan"), dtype=torch.float16)
     _triton.scale_gradient(grad, torch.tensor(factor), other)
     torch.testing.assert_close(other.float(), (grad.float() * factor).half().float())
+
+
+@pytest.mark.parametrize("n", [0, 1, 500, 513, 65_536, 65_537, 200_003])
+def test_sums_over_the_rows(n: int) -> None:
+    labels, rows = torch.randint(-1, 3, (n,)), torch.randn(n) + 1
+    for ignored in (-1, -100):
+        launches: list[launch.Launch] = []
+        loss = launch._add(rows, launch._count(labels, ignored, launches), ignored, launches)
+        launch.run(launches)
+        torch.testing.assert_close(loss.double(), rows.double().sum() / max(1, int((labels != ignored).sum())))
+    launches = []
+    loss = launch._add(rows, None, -100, launches)
+    launch.run(launches)
+    torch.testing.assert_close(loss.double(), rows.double().sum())
+
+
+@pytest.mark.parametrize("c", [3, 301, 8201])
+@pytest.mark.parametrize(("few", "one"), [(0, 100), (0, 0)])
+def test_divisor_of_many_rows(monkeypatch: pytest.MonkeyPatch, few: int, one: int, c: int) -> None:
+    """Rows are counted by a kernel of one program, or of several."""
+    monkeypatch.setattr(launch, "FEW_ROWS", few)
+    monkeypatch.setattr(launch, "ONE_PROGRAM", one)
+    case = make_case(7, c, 2, ce_weight=0.5)
+    assert_within_budget(case.run("triton"), case)
 
 
 def test_float64_is_refused() -> None:
@@ -214,46 +239,78 @@ def run_compiling(script: str) -> str:
     return done.stdout
 
 
-def test_shapes_do_not_recompile() -> None:
-    """N, C within a tile, strides, alignment and the number of teachers change; Triton's key of a binary does not."""
+def test_what_decides_a_compilation() -> None:
+    """Other N, C within a tile, strides, addresses and numbers of teachers: the same binary to Triton.
+
+    And never two of Triton's binaries where this library launches the one that it remembers.
+    """
     script = """
-import torch
+import collections, itertools, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-import gpu_static
 from amtss_fast._triton import launch
-from amtss_fast._triton.tile import fused_tile
 from amtss_fast.ops import Arguments
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
+seen = collections.defaultdict(set)
 
-def key(planned):
-    kernel = planned.kernel
+def key(launched):
+    kernel = launched.binary.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**planned.arguments, **planned.options(32, "cuda"))
-    return kernel.fn.__name__, str(specialization), str(options)
+    _, specialization, options = bind(*launched.values, **launched.binary.options(32, "cuda"))
+    key = kernel.fn.__name__, str(specialization), str(options)
+    seen[launched.binary].add(key)
+    return key
+
+def tensor(n, c, dtype=torch.float32, offset=0, row=0):
+    return torch.empty(offset + n * (c + row) + 64, dtype=dtype)[offset:].as_strided((n, c), (c + row, 1))
+
+def plan(student, teachers, labels=True, prior=None, mask=None, weight=None, items=None, beta=1.0, ce=0.5,
+         weighting="label_margin", reduction="mean", grad=True, stats=False):
+    labels = torch.zeros(len(student), dtype=torch.int64) if labels else None
+    scale = [torch.empty(len(student)) if t.dtype == torch.uint8 else None for t in teachers]
+    return launch.prepare(Arguments(
+        student, teachers, scale, scale, labels, prior, mask, weight, items,
+        2.0, weighting, beta, 1.0, ce, 0.1, -100, -1, reduction, grad, stats))[0]
 
 def keys(cases):
-    return {key(p) for n, c, k in cases for p in plan(n, c, k)}
+    planned = [p for n, c, k in cases for p in plan(tensor(n, c), [tensor(n, c) for _ in range(k)])]
+    found = {key(p) for p in planned}
+    return len(found), len({name for name, *_ in found})
 
-def plan(n, c, k, offset=0):
-    flat = torch.empty(offset + n * c)[offset:]
-    student = flat.view(n, c)
-    labels = torch.zeros(n, dtype=torch.int64)
-    return launch.prepare(Arguments(
-        student, [torch.empty(n, c) for _ in range(k)], [], [], labels, None, None, None, None,
-        2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, -100, -1, "mean", True, False))[0]
+launch.make_plan.cache_clear()
+print(*keys([(n, 3, k) for n in (1, 7, 16, 64, 500) for k in (5, 6, 7, 8)]))
+print(launch.make_plan.cache_info().currsize)
+print(*keys([(n, c, 3) for n in (1, 2, 16, 33) for c in (1600, 1616, 1999, 2001)]))
+print(*keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)]))
 
-print(len(keys([(n, 3, k) for n in (1, 7, 16, 64, 1000) for k in (5, 6, 7, 8)])))
-print(len(keys([(n, c, 3) for n in (1, 2, 16, 33) for c in (1600, 1616, 1999, 2001)])))
-print(len(keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)])))
+f32, bf16, f16, u8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+for c, n, offset, row in itertools.product((3, 40, 301, 9000), (1, 32, 600, 70_000), (0, 1, 4), (0, 1)):
+    if n * c > 300_000:
+        continue
+    for s, *ts in ((f32, f32), (bf16, bf16, bf16), (f32, f16, f32, u8), (f16, u8, u8)):
+        student, *teachers = (tensor(n, c, dtype, offset, row) for dtype in (s, *ts))
+        k, weight = len(ts), torch.empty(n)
+        for options in (
+            {}, {"labels": False}, {"ce": 0.0}, {"items": torch.tensor(3.0)}, {"beta": 0.0, "stats": True},
+            {"prior": torch.empty(k, n).double(), "weight": weight}, {"mask": torch.empty(k, n) > 0, "grad": False},
+            {"items": torch.tensor(3.0).double(), "weight": weight.double(), "prior": torch.empty(k)},
+            {"reduction": "sum"}, {"reduction": "none", "weighting": "label_nll"},
+        ):
+            for launched in plan(student, teachers, **options):
+                key(launched)
+        for launched in plan(student, [*teachers * 10, tensor(n, c, s, 0, 5)]):
+            key(launched)
+assert len(seen) > 300 and {len(found) for found in seen.values()} == {1}, len(seen)
 """
-    tiles, rows, chunks = map(int, run_compiling(script).split())
-    assert tiles == 1
-    assert rows == 1
-    # Three kernels, one of which knows how many chunks a row has, to a power of two.
-    assert chunks <= 4
+    tiles, plans, rows, chunks = run_compiling(script).splitlines()
+    # Of each kernel one: of the loss and of its sum.
+    assert tiles == rows == "2 2"
+    # A plan for each number of teachers.
+    assert plans == "4"
+    # Three kernels of the loss, one of which knows how many chunks a row has, to a power of two.
+    assert int(chunks.split()[0]) <= 5
 
 
 def assert_lean(s: dict[str, Any]) -> None:

@@ -1,9 +1,13 @@
-"""From tensors to launches of the kernels."""
+"""From tensors to launches of the kernels.
+
+What follows from types, strides and options alone is a :class:`Plan`, made once; a call adds its tensors and numbers.
+"""
 
 import math
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtss_fast._triton.common import kernel
-from amtss_fast._triton.config import KINDS, Layout, choose_config, choose_layout
+from amtss_fast._triton.config import KINDS, choose_config, choose_layout
 from amtss_fast._triton.stream import (
     STUDENT_FIELDS,
     STUDENT_PAIRS,
@@ -22,11 +26,18 @@ from amtss_fast._triton.stream import (
     join_chunks,
 )
 from amtss_fast._triton.tile import fused_tile
+from amtss_fast._triton.total import BLOCK, FEW_ROWS, ONE_PROGRAM, PARTS, add_rows, count_rows
 from amtss_fast.ops import Arguments, Outputs, gradient_dtype
 
 # Teachers whose pointers are arguments of a kernel, the second half of them only where it is needed. Where more of them
 # lie follows from one stride, or is in a table.
 SLOTS = 16
+_SLOT_NAMES = [f"t{k}" for k in range(SLOTS)]
+_KIND_NUMBERS = {dtype: number for number, dtype in enumerate(KINDS)}
+# No layout depends on more of an address: sixteen elements of the widest type.
+_ALIGNMENT = 64
+# A compiled kernel takes all arguments of its function; before, it took those that are no constants.
+_LAUNCHES_DIRECTLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 @kernel
@@ -37,28 +48,60 @@ def write_entry(table, k: tl.int32, beyond: tl.int64, row_stride: tl.int64, clas
     tl.store(table + 4 * k + 3, kind)
 
 
-class Launch(NamedTuple):
-    """One kernel with its arguments, by name."""
+class Binary:
+    """A kernel for arguments of the same types and constants, on the same device, at every launch.
 
-    kernel: Any
-    programs: int
-    threads: int
-    registers: int
-    arguments: dict[str, Any]
+    The first launch compiles it. Triton would find it again by the types of all arguments, which takes longer than to
+    launch it.
+    """
+
+    def __init__(self, kernel: Any, threads: int, registers: int | None = None) -> None:
+        self.kernel = kernel
+        self.threads = threads
+        self.registers = registers
+        self._pick = itemgetter(*kernel.arg_names)
+        self._compiled: Any = None
 
     def options(self, warp_size: int, backend: str) -> dict[str, Any]:
         # Fused multiplications and additions round the student's side and the teachers' differently: where they are
         # equal, the gradient would not be exactly 0.
         options = {"num_warps": max(1, self.threads // warp_size), "enable_fp_fusion": False}
-        return options | ({"maxnreg": self.registers} if backend == "cuda" else {})
+        return options | ({"maxnreg": self.registers} if self.registers and backend == "cuda" else {})
 
-    def run(self) -> None:
-        options = self.options(*device_kind())
-        kernel = self.kernel
-        if os.environ.get("AMTSS_AUTOTUNE") == "1":
-            kernel = _tunable(kernel)
-            options = {"enable_fp_fusion": False}
-        kernel[(self.programs,)](**self.arguments, **options)
+    def launch(self, programs: int, values: Sequence[Any]) -> None:
+        """On the current device; `values`: all arguments, in order."""
+        if self._compiled is not None:
+            self._compiled[(programs, 1, 1)](*values)
+            return
+        compiled = self.kernel[(programs,)](*values, **self.options(*device_kind()))
+        # Triton's interpreter compiles nothing.
+        if _LAUNCHES_DIRECTLY:
+            self._compiled = compiled
+
+    def of(self, programs: int, arguments: dict[str, Any]) -> "Launch":
+        """A launch with those of `arguments` that the kernel takes."""
+        return Launch(self, programs, self._pick(arguments))
+
+
+class Launch(NamedTuple):
+    """One kernel with its arguments, in order."""
+
+    binary: Binary
+    programs: int
+    values: tuple[Any, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(zip(self.binary.kernel.arg_names, self.values, strict=True))
+
+
+def run(launches: Sequence[Launch]) -> None:
+    if os.environ.get("AMTSS_AUTOTUNE") == "1":
+        for launch in launches:
+            _tunable(launch.binary.kernel)[(launch.programs,)](**launch.arguments, enable_fp_fusion=False)
+        return
+    for binary, programs, values in launches:
+        binary.launch(programs, values)
 
 
 @cache
@@ -76,36 +119,128 @@ def _tunable(jitted: Any) -> Any:
     return triton.autotune(configs, key)(jitted)
 
 
+class Logits(NamedTuple):
+    """What is to be known about a tensor [N, C] to plan its way through memory: of its address the last bits."""
+
+    dtype: torch.dtype
+    strides: tuple[int, int]
+    address: int
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def stride(self, dim: int) -> int:
+        return self.strides[dim]
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Call(NamedTuple):
+    """What a plan depends on. No tensors: two calls that are equal here have the same plan, whatever they compute."""
+
+    # -1: the CPU, in Triton's interpreter.
+    device: int
+    n_classes: int
+    student: tuple[torch.dtype, tuple[int, ...], int]
+    teachers: tuple[tuple[torch.dtype, tuple[int, ...], int], ...]
+    grad: tuple[torch.dtype, tuple[int, ...], int] | None
+    # Types of the other arguments; None: not given.
+    table: torch.dtype | None
+    scales: torch.dtype | None
+    labels: torch.dtype | None
+    prior: torch.dtype | None
+    sample_weight: torch.dtype | None
+    divisor: torch.dtype | None
+    weighting: str
+    choice: str
+    ce: bool
+    need_stats: bool
+
+
+class Plan(NamedTuple):
+    """One kernel where a row fits on chip, else chunks, their union, and the gradient."""
+
+    constants: dict[str, Any]
+    # Rows of a program; of chunked rows 1.
+    rows: int
+    n_chunks: int
+    binaries: tuple[Binary, ...]
+
+
+@lru_cache(maxsize=1024)
+def make_plan(call: Call) -> Plan:
+    student, *teachers = (Logits(*tensor) for tensor in (call.student, *call.teachers))
+    dtypes = [t.dtype for t in teachers]
+    teacher = KINDS[dtypes[0]] if len(set(dtypes)) == 1 else "mixed"
+    logits = [student, *teachers, *([Logits(*call.grad)] if call.grad else [])]
+    layout = choose_layout(call.n_classes, logits)
+    config = choose_config(call.n_classes, layout, teacher)
+    n_chunks = 1 if config.rows > 1 else triton.cdiv(call.n_classes + layout.slack, config.classes)
+    constants = {
+        "n_classes": call.n_classes,
+        "row_stride": student.stride(0),
+        "class_stride": student.stride(1),
+        "teacher_row_stride": teachers[0].stride(0),
+        "teacher_class_stride": teachers[0].stride(1),
+        "teacher_kinds": sum(_KIND_NUMBERS[dtype] << 2 * k for k, dtype in enumerate(dtypes[:SLOTS])),
+        "STUDENT": KINDS[student.dtype],
+        "TEACHER": teacher,
+        "WEIGHTING": call.weighting,
+        "CHOICE": call.choice,
+        "CE": call.ce,
+        "GROUP": layout.group,
+        "ROWS": config.rows,
+        "CLASSES": config.classes,
+        "TEACHERS": triton.next_power_of_2(len(teachers)),
+        "n_chunks": n_chunks,
+        "CHUNKS": triton.next_power_of_2(n_chunks),
+    }
+    if n_chunks == 1:
+        binaries = [Binary(fused_tile, config.threads, config.registers)]
+    else:
+        binaries = [
+            Binary(chunk_statistics, config.threads, config.registers),
+            Binary(join_chunks, 32, config.registers),
+        ]
+        if call.grad is not None:
+            binaries.append(Binary(chunk_gradient, config.threads, config.registers))
+    return Plan(constants, config.rows, n_chunks, tuple(binaries))
+
+
+def binaries(kernel: Any, threads: int) -> Callable[..., Binary]:
+    """Of a kernel that belongs to no plan: from its device, and whatever its types and constants follow, its binary."""
+    return cache(lambda *_: Binary(kernel, threads))
+
+
+_write_entry = binaries(write_entry, 32)
+_count_rows = binaries(count_rows, 1024)
+_add_rows = binaries(add_rows, 1024)
+
+
 def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[Launch]]:
-    """The arguments from which a kernel finds each teacher, see :func:`~amtss_fast._triton.common.locate_teacher`.
+    """Where a kernel finds each teacher, see :func:`~amtss_fast._triton.common.locate_teacher`.
 
     And the launches that write the table, if there is one.
     """
     n_teachers, first = len(teachers), teachers[0]
-    numbers = [list(KINDS).index(t.dtype) for t in teachers]
-    uniform = len({t.stride() for t in teachers}) == 1
+    n_slots = SLOTS if n_teachers > SLOTS // 2 else SLOTS // 2
     slots: list[Tensor | None] = list(teachers[:SLOTS])
+    slots += slots[-1:] * (n_slots - len(slots)) + [None] * (SLOTS - n_slots)
+    arguments = dict(zip(_SLOT_NAMES, slots, strict=True))
+    strides = [t.stride() for t in teachers]
+    uniform = strides.count(strides[0]) == n_teachers
     stack, table, launches = 0, None, []
     if uniform and n_teachers > SLOTS and (step := _stack_stride(teachers)):
         stack = SLOTS * step * first.element_size()
     elif n_teachers > SLOTS or not uniform:
         # Written by a kernel from its arguments: a copy from the host would wait, and could not be captured in a graph.
         table = first.new_empty((n_teachers, 4), dtype=torch.int64)
-        for k, (t, number) in enumerate(zip(teachers, numbers, strict=True)):
-            entry = (table, k, t.data_ptr() - teachers[k % SLOTS].data_ptr(), *t.stride(), number)
-            launches.append(Launch(write_entry, 1, 32, 32, dict(zip(write_entry.arg_names, entry, strict=True))))
-    n_slots = SLOTS if n_teachers > SLOTS // 2 else SLOTS // 2
-    slots += slots[-1:] * (n_slots - len(slots)) + [None] * (SLOTS - n_slots)
-    arguments = {
-        **{f"t{k}": slot for k, slot in enumerate(slots)},
-        "teacher_table": table,
-        "teacher_stack": stack,
-        "teacher_row_stride": first.stride(0),
-        "teacher_class_stride": first.stride(1),
-        "teacher_kinds": sum(number << 2 * k for k, number in enumerate(numbers[:SLOTS])),
-        "TEACHER": list(KINDS.values())[numbers[0]] if len(set(numbers)) == 1 else "mixed",
-    }
-    return arguments, launches
+        binary = _write_entry(first.get_device())
+        for k, t in enumerate(teachers):
+            beyond = t.data_ptr() - teachers[k % SLOTS].data_ptr()
+            launches.append(Launch(binary, 1, (table, k, beyond, *t.stride(), _KIND_NUMBERS[t.dtype])))
+    return arguments | {"teacher_stack": stack, "teacher_table": table}, launches
 
 
 def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
@@ -120,117 +255,162 @@ def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
     return step if step > 0 else None
 
 
-def plan(layout: Layout, n_teachers: int, arguments: dict[str, Any]) -> list[Launch]:
-    """The launches for [N, C]: one where a row fits on chip, else chunks, their union, and the gradient."""
-    n_rows, n_classes = arguments["n_rows"], arguments["n_classes"]
-    config = choose_config(n_classes, layout, arguments["TEACHER"])
-    n_chunks = 1 if config.rows > 1 else triton.cdiv(n_classes + layout.slack, config.classes)
-    arguments |= {
-        "GROUP": layout.group,
-        "ROWS": config.rows,
-        "CLASSES": config.classes,
-        "TEACHERS": triton.next_power_of_2(n_teachers),
-    }
-
-    def launch(jitted: Any, programs: int, threads: int = config.threads) -> Launch:
-        own = {name: arguments[name] for name in jitted.arg_names}
-        return Launch(jitted, programs, threads, config.registers, own)
-
-    if n_chunks == 1:
-        return [launch(fused_tile, triton.cdiv(n_rows, config.rows))]
-    new = arguments["row_loss"].new_empty
-    arguments |= {
-        "n_chunks": n_chunks,
-        "CHUNKS": triton.next_power_of_2(n_chunks),
-        "fields": new((STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks)),
-        "factors": new((STUDENT_PAIRS.value + n_teachers, n_rows, 2)),
-    }
-    launches = [launch(chunk_statistics, n_rows * n_chunks), launch(join_chunks, n_rows, 32)]
-    if arguments["grad"] is not None:
-        launches.append(launch(chunk_gradient, n_rows * n_chunks))
-    return launches
-
-
-def prepare(given: Arguments) -> tuple[list[Launch], Outputs, Tensor | None]:
-    """The launches that compute the loss; the outputs, with the loss of each row in place of the loss; the divisor."""
+def prepare(given: Arguments) -> tuple[list[Launch], Outputs]:
+    """The launches that compute the loss, in order, and the outputs that they write."""
     student, labels, n_teachers = given.student_logits, given.labels, len(given.teacher_logits)
     n_rows, n_classes = student.shape
     new = student.new_empty
+    launches: list[Launch] = []
     row_loss = new(n_rows, dtype=torch.float32)
-    grad = new((n_rows, n_classes) if given.need_grad else (0,), dtype=gradient_dtype(student))
-    per_teacher = (n_teachers, n_rows) if given.need_stats else (0,)
-    weights, margins, kd = (new(per_teacher, dtype=torch.float32) for _ in range(3))
-    student_margin = new(n_rows if given.need_stats else 0, dtype=torch.float32)
-
+    grad = new((n_rows, n_classes), dtype=gradient_dtype(student)) if given.need_grad else None
+    weights = margins = kd = student_margin = None
+    if given.need_stats:
+        weights, margins, kd = (new((n_teachers, n_rows), dtype=torch.float32) for _ in range(3))
+        student_margin = new(n_rows, dtype=torch.float32)
+    if labels is not None:
+        labels = labels.contiguous()
     divisor = None
     if given.reduction == "mean":
-        divisor = _divisor(student, labels, given.num_items, given.ignore_index)
-    launches: list[Launch] = []
+        if given.num_items is not None:
+            divisor = given.num_items
+        elif labels is not None:
+            divisor = _count(labels, given.ignore_index, launches)
+        else:
+            divisor = row_loss.new_full((), max(n_rows, 1))
     if n_rows > 0:
-        prior = _prior(given.teacher_prior, given.teacher_mask, n_teachers, n_rows)
-        # float32 knows no smaller beta, and no larger one.
-        beta = given.weight_temperature
-        choice = "hard" if beta < 2.0**-126 else "flat" if beta >= 2.0**128 else "soft"
-        teachers, launches = teacher_arguments(given.teacher_logits)
-        arguments = {
-            **teachers,
-            "student": student,
-            "row_stride": student.stride(0),
-            "class_stride": student.stride(1),
-            "STUDENT": KINDS[student.dtype],
-            "scales": _scales(given.teacher_row_max, given.teacher_step),
-            "labels": None if labels is None else labels.contiguous(),
-            "prior": prior,
-            "prior_stride_k": 0 if prior is None else prior.stride(0),
-            "prior_stride_n": 0 if prior is None else prior.stride(1),
-            "sample_weight": None if given.sample_weight is None else given.sample_weight.contiguous(),
-            "divisor": divisor,
-            "row_loss": row_loss,
-            "grad": grad if given.need_grad else None,
-            "weights": weights if given.need_stats else None,
-            "margins": margins if given.need_stats else None,
-            "kd": kd if given.need_stats else None,
-            "student_margin": student_margin if given.need_stats else None,
-            "n_rows": n_rows,
-            "n_classes": n_classes,
-            # Teachers that are neither learnt from nor asked about are not read.
-            "n_teachers": n_teachers if given.kd_weight > 0 or given.need_stats else 0,
-            "ignore_index": given.ignore_index,
-            "unlabeled_index": given.unlabeled_index,
-            "exponent": 1 / (given.temperature * math.log(2)),
-            "temperature": given.temperature,
-            "weight_temperature": beta,
-            "kd_weight": given.kd_weight,
-            "ce_weight": given.ce_weight,
-            "label_smoothing": given.label_smoothing,
-            "WEIGHTING": given.weighting,
-            "CHOICE": choice,
-            "CE": given.ce_weight > 0 and labels is not None,
-        }
-        layout = choose_layout(n_classes, [student, *given.teacher_logits, *([grad] if given.need_grad else [])])
-        launches += plan(layout, n_teachers, arguments)
-    return launches, (row_loss, grad, weights, margins, kd, student_margin), divisor
+        _compute_rows(given, labels, divisor, row_loss, grad, (weights, margins, kd, student_margin), launches)
+    loss = row_loss if given.reduction == "none" else _add(row_loss, divisor, given.ignore_index, launches)
+    # The operator has a gradient at every call.
+    outputs = (loss, new(0, dtype=gradient_dtype(student)) if grad is None else grad)
+    return launches, (*outputs, weights, margins, kd, student_margin) if given.need_stats else outputs
+
+
+def _compute_rows(
+    given: Arguments,
+    labels: Tensor | None,
+    divisor: Tensor | None,
+    row_loss: Tensor,
+    grad: Tensor | None,
+    stats: Sequence[Tensor | None],
+    launches: list[Launch],
+) -> None:
+    """Add the launches that write the loss of each row, the gradient and the stats."""
+    student, teachers = given.student_logits, given.teacher_logits
+    n_rows, n_classes = student.shape
+    n_teachers = len(teachers)
+    prior = _prior(given.teacher_prior, given.teacher_mask, n_teachers, n_rows)
+    scales = _scales(given.teacher_row_max, given.teacher_step)
+    sample_weight = None if given.sample_weight is None else given.sample_weight.contiguous()
+    where, before = teacher_arguments(teachers)
+    # float32 knows no smaller beta, and no larger one.
+    beta = given.weight_temperature
+    choice = "hard" if beta < 2.0**-126 else "flat" if beta >= 2.0**128 else "soft"
+    table = where["teacher_table"]
+    plan = make_plan(
+        Call(
+            student.get_device(),
+            n_classes,
+            _describe(student),
+            tuple([_describe(t) for t in teachers]),
+            None if grad is None else _describe(grad),
+            _type(table),
+            _type(scales),
+            _type(labels),
+            _type(prior),
+            _type(sample_weight),
+            _type(divisor),
+            given.weighting,
+            choice,
+            given.ce_weight > 0 and labels is not None,
+            given.need_stats,
+        )
+    )
+    weights, margins, kd, student_margin = stats
+    arguments = {
+        **plan.constants,
+        **where,
+        "student": student,
+        "scales": scales,
+        "labels": labels,
+        "prior": prior,
+        "prior_stride_k": 0 if prior is None else prior.stride(0),
+        "prior_stride_n": 0 if prior is None else prior.stride(1),
+        "sample_weight": sample_weight,
+        "divisor": divisor,
+        "row_loss": row_loss,
+        "grad": grad,
+        "weights": weights,
+        "margins": margins,
+        "kd": kd,
+        "student_margin": student_margin,
+        "n_rows": n_rows,
+        # Teachers that are neither learnt from nor asked about are not read.
+        "n_teachers": n_teachers if given.kd_weight > 0 or given.need_stats else 0,
+        "ignore_index": given.ignore_index,
+        "unlabeled_index": given.unlabeled_index,
+        "exponent": 1 / (given.temperature * math.log(2)),
+        "temperature": given.temperature,
+        "weight_temperature": beta,
+        "kd_weight": given.kd_weight,
+        "ce_weight": given.ce_weight,
+        "label_smoothing": given.label_smoothing,
+    }
+    launches += before
+    if plan.n_chunks == 1:
+        launches.append(plan.binaries[0].of(-(-n_rows // plan.rows), arguments))
+        return
+    new, n_chunks = row_loss.new_empty, plan.n_chunks
+    arguments["fields"] = new((STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks))
+    arguments["factors"] = new((STUDENT_PAIRS.value + n_teachers, n_rows, 2))
+    for binary in plan.binaries:
+        launches.append(binary.of(n_rows if binary.kernel is join_chunks else n_rows * n_chunks, arguments))
 
 
 def amtss_loss(given: Arguments) -> Outputs:
     """Loss, gradient and stats; see the schema in :mod:`amtss_fast.ops`. Nothing here waits for the device."""
     with torch.cuda.device_of(given.student_logits):
-        launches, (loss, *others), divisor = prepare(given)
-        for launch in launches:
-            launch.run()
-    if given.reduction != "none":
-        loss = loss.sum() if divisor is None else loss.sum() / divisor
-    grad, weights, margins, kd, student_margin = others
-    return loss, grad, weights, margins, kd, student_margin
+        launches, outputs = prepare(given)
+        run(launches)
+    return outputs
 
 
-def _divisor(student_logits: Tensor, labels: Tensor | None, num_items: Tensor | None, ignore_index: int) -> Tensor:
-    """What divides a mean, 0-d on the device: counted there, because a number on the host would wait for it."""
-    if num_items is not None:
-        return num_items.float()
-    if labels is None:
-        return student_logits.new_full((), max(len(student_logits), 1), dtype=torch.float32)
-    return (labels != ignore_index).sum().clamp(min=1).float()
+def _describe(t: Tensor) -> tuple[torch.dtype, tuple[int, ...], int]:
+    return t.dtype, t.stride(), t.data_ptr() % _ALIGNMENT
+
+
+def _type(argument: Tensor | None) -> torch.dtype | None:
+    return None if argument is None else argument.dtype
+
+
+def _count(labels: Tensor, ignore_index: int, launches: list[Launch]) -> Tensor:
+    """The number of rows that count, as :func:`~amtss_fast._triton.total.read_divisor` takes it.
+
+    On the device: a number on the host would wait for it.
+    """
+    n_rows = labels.shape[0]
+    if n_rows <= FEW_ROWS:
+        return labels
+    if n_rows <= ONE_PROGRAM:
+        programs, out = 1, labels.new_empty((), dtype=torch.float32)
+    else:
+        programs, out = PARTS.value, labels.new_empty(PARTS.value, dtype=torch.int32)
+    binary = _count_rows(labels.get_device(), out.dtype)
+    launches.append(Launch(binary, programs, (labels, out, n_rows, ignore_index, BLOCK)))
+    return out
+
+
+def _add(row_loss: Tensor, divisor: Tensor | None, ignore_index: int, launches: list[Launch]) -> Tensor:
+    """The sum of `row_loss`, over the divisor where there is one."""
+    device, n_rows = row_loss.get_device(), row_loss.shape[0]
+    if n_rows > ONE_PROGRAM:
+        parts = row_loss.new_empty(PARTS.value)
+        binary = _add_rows(device, None)
+        launches.append(Launch(binary, PARTS.value, (row_loss, parts, None, n_rows, ignore_index, BLOCK)))
+        row_loss, n_rows = parts, PARTS.value
+    loss = row_loss.new_empty(())
+    binary = _add_rows(device, _type(divisor))
+    launches.append(Launch(binary, 1, (row_loss, loss, divisor, n_rows, ignore_index, BLOCK)))
+    return loss
 
 
 def _prior(teacher_prior: Tensor | None, teacher_mask: Tensor | None, n_teachers: int, n_rows: int) -> Tensor | None:

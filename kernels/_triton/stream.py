@@ -23,6 +23,7 @@ from amtss_fast._triton.common import (
     stand_out,
     store_tile,
 )
+from amtss_fast._triton.total import read_divisor
 
 # Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), largest rest, label's logit (0 where it
 # is in another chunk), and for the cross entropy sum exp2(b tau), sum b and its number of classes;
@@ -182,7 +183,7 @@ def join_chunks(
     alive = counts & (weight > 0)
     factor = tl.where(invalid, float("nan"), weight)
     if divisor is not None:
-        factor = factor / tl.load(divisor)
+        factor = factor / read_divisor(divisor, n_rows, ignore_index)
     factor = tl.where(alive, factor, 0.0)
     if CE:
         s_label = tl.sum(tl.load(into_s + 3 * plane, held & labelled, other=0), 0)

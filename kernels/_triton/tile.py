@@ -23,6 +23,7 @@ from amtss_fast._triton.common import (
     stand_out,
     store_tile,
 )
+from amtss_fast._triton.total import read_divisor
 
 
 @kernel
@@ -134,6 +135,6 @@ def fused_tile(
             g += tl.where(across(labelled), q - ce_weight * smoothed, 0.0)
         factor = tl.where(invalid, float("nan"), weight)
         if divisor is not None:
-            factor = factor / tl.load(divisor)
+            factor = factor / read_divisor(divisor, n_rows, ignore_index)
         g = tl.where(across(alive), across(factor) * g, 0.0)
         store_tile(grad, g, tile, n_classes, GROUP)
