@@ -250,6 +250,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from amtss_fast._triton import launch
+from amtss_fast._triton.config import choose_layout
 from amtss_fast.ops import Arguments
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -272,10 +273,10 @@ def plan(student, teachers, labels=True, prior=None, mask=None, weight=None, ite
     scale = [torch.empty(len(student)) if t.dtype == torch.uint8 else None for t in teachers]
     return launch.prepare(Arguments(
         student, teachers, scale, scale, labels, prior, mask, weight, items,
-        2.0, weighting, beta, 1.0, ce, 0.1, -100, -1, reduction, grad, stats))[0]
+        2.0, weighting, beta, 1.0, ce, 0.1, -100, -1, reduction, grad, stats))
 
 def keys(cases):
-    planned = [p for n, c, k in cases for p in plan(tensor(n, c), [tensor(n, c) for _ in range(k)])]
+    planned = [p for n, c, k in cases for p in plan(tensor(n, c), [tensor(n, c) for _ in range(k)])[0]]
     found = {key(p) for p in planned}
     return len(found), len({name for name, *_ in found})
 
@@ -285,23 +286,28 @@ print(launch.make_plan.cache_info().currsize)
 print(*keys([(n, c, 3) for n in (1, 2, 16, 33) for c in (1600, 1616, 1999, 2001)]))
 print(*keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)]))
 
+def check(c, student, teachers, **options):
+    launches, (_, grad, *_) = plan(student, teachers, **options)
+    layout = choose_layout(c, [student, *teachers, *([grad] if grad.numel() > 0 else [])])
+    for launched in launches:
+        key(launched)
+        assert launched.arguments.get("GROUP", layout.group) == layout.group
+
 f32, bf16, f16, u8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
-for c, n, offset, row in itertools.product((3, 40, 301, 9000), (1, 32, 600, 70_000), (0, 1, 4), (0, 1)):
+for c, n, offset, row in itertools.product((3, 40, 301, 9000), (1, 32, 600, 70_000), (0, 1, 4, 8), (0, 1)):
     if n * c > 300_000:
         continue
     for s, *ts in ((f32, f32), (bf16, bf16, bf16), (f32, f16, f32, u8), (f16, u8, u8)):
         student, *teachers = (tensor(n, c, dtype, offset, row) for dtype in (s, *ts))
-        k, weight = len(ts), torch.empty(n)
+        weight, prior, items = torch.empty(n), torch.empty(len(ts)), torch.tensor(3.0)
         for options in (
-            {}, {"labels": False}, {"ce": 0.0}, {"items": torch.tensor(3.0)}, {"beta": 0.0, "stats": True},
-            {"prior": torch.empty(k, n).double(), "weight": weight}, {"mask": torch.empty(k, n) > 0, "grad": False},
-            {"items": torch.tensor(3.0).double(), "weight": weight.double(), "prior": torch.empty(k)},
-            {"reduction": "sum"}, {"reduction": "none", "weighting": "label_nll"},
+            {}, {"labels": False}, {"ce": 0.0}, {"beta": 0.0}, {"beta": float("inf")}, {"weighting": "label_nll"},
+            {"grad": False}, {"stats": True}, {"reduction": "sum"}, {"reduction": "none"},
+            {"prior": prior}, {"prior": prior.double()}, {"mask": torch.empty(len(ts), n) > 0},
+            {"weight": weight}, {"weight": weight.double()}, {"items": items}, {"items": items.double()},
         ):
-            for launched in plan(student, teachers, **options):
-                key(launched)
-        for launched in plan(student, [*teachers * 10, tensor(n, c, s, 0, 5)]):
-            key(launched)
+            check(c, student, teachers, **options)
+        check(c, student, [*teachers * 10, tensor(n, c, s, 0, 5)])
 assert len(seen) > 300 and {len(found) for found in seen.values()} == {1}, len(seen)
 """
     tiles, plans, rows, chunks = run_compiling(script).splitlines()
