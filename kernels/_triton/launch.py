@@ -227,7 +227,7 @@ def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[
     n_slots = SLOTS if n_teachers > SLOTS // 2 else SLOTS // 2
     slots: list[Tensor | None] = list(teachers[:SLOTS])
     slots += slots[-1:] * (n_slots - len(slots)) + [None] * (SLOTS - n_slots)
-    arguments = dict(zip(_SLOT_NAMES, slots, strict=True))
+    arguments: dict[str, Any] = dict(zip(_SLOT_NAMES, slots, strict=True))
     strides = [t.stride() for t in teachers]
     uniform = strides.count(strides[0]) == n_teachers
     stack, table, launches = 0, None, []
@@ -240,7 +240,9 @@ def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[
         for k, t in enumerate(teachers):
             beyond = t.data_ptr() - teachers[k % SLOTS].data_ptr()
             launches.append(Launch(binary, 1, (table, k, beyond, *t.stride(), _KIND_NUMBERS[t.dtype])))
-    return arguments | {"teacher_stack": stack, "teacher_table": table}, launches
+    arguments["teacher_stack"] = stack
+    arguments["teacher_table"] = table
+    return arguments, launches
 
 
 def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
@@ -268,11 +270,13 @@ def prepare(given: Arguments) -> tuple[list[Launch], Outputs]:
         weights, margins, kd = (new((n_teachers, n_rows), dtype=torch.float32) for _ in range(3))
         student_margin = new(n_rows, dtype=torch.float32)
     if labels is not None:
-        labels = labels.contiguous()
+        # A kernel tells labels from counts by their type.
+        labels = labels.long().contiguous()
     divisor = None
     if given.reduction == "mean":
         if given.num_items is not None:
-            divisor = given.num_items
+            # Integers would be taken for counts.
+            divisor = given.num_items if given.num_items.is_floating_point() else given.num_items.double()
         elif labels is not None:
             divisor = _count(labels, given.ignore_index, launches)
         else:
