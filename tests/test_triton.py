@@ -25,7 +25,7 @@ if ops.why_missing("triton") is not None:
     pytest.skip("the Triton kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from amtss_fast import _triton
-from amtss_fast._triton import launch
+from amtss_fast._triton import launch, scale
 from amtss_fast.ops import Arguments
 
 ROOT = Path(__file__).parents[1]
@@ -182,14 +182,15 @@ def test_autotuning_is_opt_in(monkeypatch: pytest.MonkeyPatch, n: int, c: int, k
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, 0.37])
-def test_the_gradient_is_scaled_in_place(dtype: torch.dtype, factor: float) -> None:
-    grad = torch.randn(5, 2001).to(dtype)
+def test_the_gradient_is_scaled_in_place(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factor: float) -> None:
+    # Four programs for five blocks.
+    monkeypatch.setattr(scale, "multiprocessors", lambda device: 1)
+    grad = torch.randn(5, 4001).to(dtype)
     expected = grad * factor
     same = grad.clone()
     assert _triton.scale_gradient(same, torch.tensor(factor), same) is same
     # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(same, expected, rtol=0 if factor == 1.0 else torch.finfo(dtype).eps, atol=0)
-    # By one program in Triton's interpreter, block after block.
     other = torch.full_like(grad, float("nan"), dtype=torch.float16)
     _triton.scale_gradient(grad, torch.tensor(factor), other)
     torch.testing.assert_close(other.float(), (grad.float() * factor).half().float())
