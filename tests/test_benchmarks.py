@@ -95,15 +95,32 @@ bench_loss.main()
 def test_bench_linear(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     script = SCRIPT.with_name("bench_linear.py")
-    command = [sys.executable, str(script), "--case", "512,8,1,20000", "--rivals", "native,torch,liger,products"]
+    command = [sys.executable, str(script), "--case", "512,8,1,20000", "--case", "300,8,2,50,bfloat16"]
+    command += ["--rivals", "native,torch,liger,products"]
     done = subprocess.run(
         [*command, "--seconds", "0.2", "--json", str(file)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    figures = {row["rival"]: row for row in json.loads(file.read_text())["rows"]}
+    rows = json.loads(file.read_text())["rows"]
+    assert all(row["median_ms"] > 0 for row in rows)
+    figures = {row["rival"]: row for row in rows if row["case"] == "N=512 H=8 K=1 C=20000"}
     assert set(figures) == {"native", "torch", "liger", "products"}
-    assert all(row["median_ms"] > 0 for row in figures.values())
     assert figures["native"]["memory_mb"] < 0.8 * figures["torch"]["memory_mb"]
+    half = {row["rival"]: row for row in rows if row["case"] == "N=300 H=8 K=2 C=50 bfloat16"}
+    assert set(half) == {"native", "torch", "products"}
+    assert all(0 < half[rival]["head_error"] < 0.02 for rival in ("native", "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rivals_of_the_heads_must_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("bench_linear")
+    case = bench.LinearCase(300, 8, 2, 50, dtype)
+    inputs = case.inputs("cpu")
+    losses = bench.rivals(case, ["native", "torch"])
+    bench.check_agreement(losses, inputs)
+    with pytest.raises(AssertionError, match="wrong: loss, gradients of hidden states and head are"):
+        bench.check_agreement(losses | {"wrong": lambda x: 1.05 * losses["torch"](x)}, inputs)
 
 
 def test_students_side_by_side_are_the_librarys_student_alone(monkeypatch: pytest.MonkeyPatch) -> None:
