@@ -212,7 +212,12 @@ class TokenTask:
         """States or logits at the n positions that count."""
         inputs = {name: value for name, value in batch.items() if name in self._inputs}
         out: Tensor = model(**inputs).logits if self.head is None else self.head.hidden(model, **inputs)
-        return out.flatten(0, 1)[targets.index]
+        out = out.flatten(0, 1)[targets.index]
+        device = out.device.type
+        if self.head is not None and device != "cpu" and torch.is_autocast_enabled(device):
+            # As autocast would have the head that is taken off. A last normalisation leaves its states in float32.
+            out = out.to(torch.get_autocast_dtype(device))
+        return out
 
 
 def teacher_scores(teachers: TokenTeachers, batch: Mapping[str, Any]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from amtss_fast import QuantizedWeight, amtss_loss
+from amtss_fast import QuantizedWeight, amtss_loss, tokens
 from amtss_fast.heads import OutputHead
 from amtss_fast.teachers import Teacher, load_teacher
 from amtss_fast.tokens import (
@@ -352,6 +352,43 @@ def test_a_step_is_the_mean_over_its_target_tokens(tmp_path: Path, task: str) ->
     targets = token_targets(task, batch)
     assert metrics["eval_loss"] == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), targets.flatten())), 1e-4)
     assert metrics["eval_count_en"] + metrics["eval_count_sw"] == int((targets >= 0).sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_training_on_a_gpu_is_that_on_the_cpu(tmp_path: Path, task: str, everywhere: bool) -> None:
+    cpu, gpu = make_trainer(tmp_path / "cpu", task), make_trainer(tmp_path / "gpu", task, use_cpu=False)
+    # Without `everywhere` the teachers stay on the CPU.
+    for teacher in gpu.teachers.teachers if everywhere else ():
+        teacher.to("cuda")
+    start = weights(cpu)
+    for trainer in (cpu, gpu):
+        trainer.train()
+    moved = (weights(cpu) - start).norm()
+    assert moved > 1e-2
+    assert (weights(cpu) - weights(gpu).cpu()).norm() < 1e-3 * moved
+    assert gpu.evaluate()["eval_loss"] == pytest.approx(cpu.evaluate()["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_autocast_has_the_head_in_its_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    fused = tokens.linear_amtss_loss
+
+    def spy(hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.add(hidden.dtype)
+        return fused(hidden, *arguments, **options)
+
+    monkeypatch.setattr(tokens, "linear_amtss_loss", spy)
+    cpu, gpu = make_trainer(tmp_path / "cpu"), make_trainer(tmp_path / "gpu", use_cpu=False, bf16=True)
+    start = weights(cpu)
+    gpu.train()
+    assert seen == {torch.bfloat16}
+    cpu.train()
+    assert (weights(cpu) - weights(gpu).cpu()).norm() < 0.1 * (weights(cpu) - start).norm()
 
 
 def test_two_processes_are_one_big_batch(tmp_path: Path) -> None:
