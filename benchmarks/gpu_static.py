@@ -215,17 +215,21 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 @cache
 def _moving_lines() -> dict[int, str]:
-    """The lines of common.py that load and store tiles of logits, less those for elements of incomplete groups."""
+    """The lines of common.py that load and store tiles of logits, each element of a tile once.
+
+    Without those for elements of incomplete groups, and those that move tiles of complete groups without a mask.
+    """
     lines = Path(common.__file__).read_text().splitlines()
     texts = {
         "x = tl.load(pointers, whole, other=OUTSIDE)": "load",
+        "x = tl.load(pointers, whole & wanted, other=OUTSIDE)": "load",
         "x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE)": "load",
         "tl.store(pointers, x, whole)": "store",
         "tl.store(pointer + strided, x, inside)": "store",
     }
-    found = {number: texts[line.strip()] for number, line in enumerate(lines, 1) if line.strip() in texts}
-    assert sorted(found.values()) == sorted(texts.values()), "common.py moves tiles in other words"
-    return found
+    found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() in texts}
+    assert set(found.values()) == set(texts), "common.py moves tiles in other words"
+    return {number: texts[line] for number, line in found.items()}
 
 
 _LOCATION = re.compile(r"\.loc\s.*?[;/]+ (\w+)\.py:(\d+):")
@@ -309,8 +313,10 @@ def predict(targets: list[str]) -> Iterator[dict[str, Any]]:
 
     for case in NAMED:
         logits = case.n * case.c * (case.k + 1) * case.dtype.itemsize
+        group = 32 // case.dtype.itemsize
+        chosen = config.choose_config(case.c, config.Layout(group, case.c % group), config.KINDS[case.dtype])
         # Chunks are read a second time for the gradient.
-        total = case.bytes + (logits if case.c > config.LONGEST else 0)
+        total = case.bytes + (logits if chosen is None else 0)
         for target in targets:
             chip = CHIPS[target]
             milliseconds = total / chip.bytes_per_second * 1e3

@@ -139,26 +139,31 @@ def place_tile(
 
 @triton.jit
 def walk(pointer, start, size, GROUP: tl.constexpr, LENGTH: tl.constexpr):
-    """LENGTH elements from `start` on, of `size` at `pointer`: the true start, pointers, and masks to move them with.
-
-    `whole` elements lie in complete groups, `edge` elements do not. Each tensor finds its groups anew: masks kept over
-    a loop would take more registers than the logits.
-    """
+    """LENGTH elements from `start` on, of `size` at `pointer`: the true start, their pointers, do all of them exist."""
     if GROUP > 1:
         start -= find_shift(pointer, GROUP)
+        pointer = tl.multiple_of(pointer + start, 16)
+    else:
+        pointer += start
+    return start, pointer + tl.arange(0, LENGTH), (start >= 0) & (start + LENGTH <= size)
+
+
+@triton.jit
+def mask_existing(start, size, LENGTH: tl.constexpr):
+    """Which elements of :func:`walk` exist."""
     position = start + tl.arange(0, LENGTH)
-    whole = (position >= 0) & (position < size)
-    edge = whole
+    return (position >= 0) & (position < size)
+
+
+@triton.jit
+def mask_groups(start, size, GROUP: tl.constexpr, LENGTH: tl.constexpr):
+    """Which elements of :func:`walk` lie in complete groups; and are there any in incomplete ones."""
+    group = start + tl.arange(0, LENGTH) // GROUP * GROUP
+    # A group is incomplete at the first or last element only.
     has_edges = False
-    pointer += start
     if GROUP > 1:
-        pointer = tl.multiple_of(pointer, 16)
-        group = start + tl.arange(0, LENGTH) // GROUP * GROUP
-        whole = (group >= 0) & (group + GROUP <= size)
-        edge = edge & (whole == 0)
-        # A group is incomplete at the first or last element only.
         has_edges = (start < 0) | ((start + LENGTH > size) & ((size - start) % GROUP != 0))
-    return start, pointer + tl.arange(0, LENGTH), whole, edge, has_edges
+    return (group >= 0) & (group + GROUP <= size), has_edges
 
 
 @triton.jit
@@ -180,15 +185,21 @@ def load_as(pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GR
         x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE)
         x = x.to(tl.float32)
     else:
-        pointer += first * row_stride
         LENGTH: tl.constexpr = inside.shape[0] * (inside.shape[1] if len(inside.shape) == 2 else 1)
-        start, pointers, whole, edge, has_edges = walk(pointer, start, size, GROUP, LENGTH)
-        if len(inside.shape) == 1:
-            whole &= wanted
-            edge &= wanted
-        x = tl.load(pointers, whole, other=OUTSIDE)
-        if has_edges:
-            x = tl.load(pointers, edge, other=x)
+        start, pointers, is_complete = walk(pointer + first * row_stride, start, size, GROUP, LENGTH)
+        whole, has_edges = mask_groups(start, size, GROUP, LENGTH)
+        if len(inside.shape) == 2:
+            # As a rule the last of many tiles.
+            if has_edges:
+                x = tl.load(pointers, mask_existing(start, size, LENGTH), other=OUTSIDE)
+            else:
+                x = tl.load(pointers, whole, other=OUTSIDE)
+        elif is_complete & wanted:
+            x = tl.load(pointers)
+        else:
+            x = tl.load(pointers, whole & wanted, other=OUTSIDE)
+            if has_edges:
+                x = tl.load(pointers, mask_existing(start, size, LENGTH) & (whole == 0) & wanted, other=x)
         x = x.to(tl.float32)
         if len(inside.shape) == 2:
             into = tl.minimum(columns, n_classes - 1) + (rows - first).to(tl.int32)[None, :] * n_classes - start
@@ -249,20 +260,56 @@ def store_tile(pointer, x, tile, n_classes, GROUP: tl.constexpr):
         tl.store(pointer + strided, x, inside)
     else:
         LENGTH: tl.constexpr = inside.shape[0] * (inside.shape[1] if len(inside.shape) == 2 else 1)
-        start, pointers, whole, edge, has_edges = walk(
-            pointer + first * n_classes, chunk * inside.shape[0], size, GROUP, LENGTH
-        )
+        start, pointers, is_complete = walk(pointer + first * n_classes, chunk * inside.shape[0], size, GROUP, LENGTH)
         if len(inside.shape) == 2:
             held = tl.minimum(tl.maximum(tl.arange(0, LENGTH) + start, 0), size - 1)
-            x = tl.gather(x.reshape(LENGTH), held % n_classes * inside.shape[1] + held // n_classes, 0)
-        tl.store(pointers, x, whole)
-        if has_edges:
-            tl.store(pointers, x, edge)
+            # A division of floats: one of integers takes ten times as long. Its result lies 0.5 / 128 off an integer.
+            row = ((held.to(tl.float32) + 0.5) / n_classes).to(tl.int32)
+            x = tl.gather(x.reshape(LENGTH), (held - row * n_classes) * inside.shape[1] + row, 0)
+        whole, has_edges = mask_groups(start, size, GROUP, LENGTH)
+        if len(inside.shape) == 2:
+            if has_edges:
+                tl.store(pointers, x, mask_existing(start, size, LENGTH))
+            else:
+                tl.store(pointers, x, whole)
+        elif is_complete:
+            tl.store(pointers, x)
+        else:
+            tl.store(pointers, x, whole)
+            if has_edges:
+                tl.store(pointers, x, mask_existing(start, size, LENGTH) & (whole == 0))
 
 
 @triton.jit
-def stand_out(x, top, start, target):
-    """The logit that a margin is about (the label's, or the largest) and the largest other one."""
+def stand_out(x, start, target):
+    """The largest logit; the one that a margin is about (the label's, or the largest); the largest other one.
+
+    Where the label of a chunk's row is not in it, its logit is -inf.
+    """
+    if len(x.shape) == 2:
+        top = tl.max(x, 0)
+        own, rest = stand_out_of_rows(x, top, start, target)
+    elif target >= 0:
+        if (target >= start) & (target < start + x.shape[0]):
+            chosen = columns_of(x, start) == target
+            own = tl.max(tl.where(chosen, x, float("-inf")), 0)
+            rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
+        else:
+            rest = tl.max(x, 0)
+            own = rest - float("inf")
+        top = tl.maximum(own, rest)
+    else:
+        top = tl.max(x, 0)
+        chosen = x == top
+        rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
+        rest = tl.where(tl.sum(chosen.to(tl.int32), 0) > 1, top, rest)
+        own = top
+    return top, own, rest
+
+
+@triton.jit
+def stand_out_of_rows(x, top, start, target):
+    """The last two of :func:`stand_out`, where only some rows have a label."""
     labelled = target >= 0
     chosen = tl.where(across(labelled), columns_of(x, start) == across(target), x == across(top))
     rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
@@ -279,17 +326,17 @@ def stand_out(x, top, start, target):
 
 
 @triton.jit
-def margin_of(own, rest, top, total, exponent, WEIGHTING: tl.constexpr):
-    """The margin, from logits relative to `top` and total = sum exp2((x - top) exponent)."""
+def margin_of(own, rest, top, total, inverse, exponent, WEIGHTING: tl.constexpr):
+    """The margin, from logits relative to `top`, total = sum exp2((x - top) exponent) and inverse = 1 / total."""
     if WEIGHTING == "label_nll":
         margin = ((own - top) * exponent - tl.log2(total)) * LN2
     else:
-        margin = (tl.exp2((own - top) * exponent) - tl.exp2((rest - top) * exponent)) / total
+        margin = (tl.exp2((own - top) * exponent) - tl.exp2((rest - top) * exponent)) * inverse
     return margin
 
 
 @triton.jit
-def admit(margin, alpha, best, mass, weight_temperature, CHOICE: tl.constexpr):
+def admit(margin, alpha, best, mass, sharpness, CHOICE: tl.constexpr):
     """One step of the softmax over teachers: the new one's share, the factor of all before it, the best score so far.
 
     `mass`: the shares until now. Shares are relative to the best score; equal scores differ by 0, also at -inf.
@@ -305,7 +352,7 @@ def admit(margin, alpha, best, mass, weight_temperature, CHOICE: tl.constexpr):
     else:
         score = alpha * 0
         if CHOICE == "soft":
-            score = margin / weight_temperature
+            score = margin * sharpness
         higher = tl.where(alpha > 0, tl.maximum(best, score), best)
         share = alpha * tl.exp(tl.where(score == higher, 0.0, score - higher))
         share = tl.where(alpha > 0, share, 0.0)

@@ -13,10 +13,8 @@ from torch import Tensor
 
 # Types of logits, in the order of their numbers in a kernel.
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
-# Elements of a tile of several rows, the longest row that is a tile of its own, and the chunk of a longer one.
-TILE, LONGEST, CHUNK = 512, 8192, 2048
-# Elements of a tile per thread: twice as many would need twice the registers, and halve what a multiprocessor holds.
-PER_THREAD = 8
+# Elements of a tile of several rows, and the longest row that is a tile of its own.
+TILE, LONGEST = 512, 8192
 # Up to here a tile has several rows.
 FEW_CLASSES = 128
 
@@ -39,29 +37,50 @@ class Layout(NamedTuple):
     slack: int
 
 
-def choose_config(n_classes: int, layout: Layout, teacher: str) -> Config:
-    """The default configuration for rows of `n_classes`; a row that is longer than `classes` is cut into chunks.
+def choose_config(n_classes: int, layout: Layout, teacher: str, extras: bool = False) -> Config | None:
+    """The default configuration for rows of `n_classes` that fit on chip; None: they are cut into chunks.
 
-    `teacher`: a type among `KINDS`, or "mixed".
+    `teacher`: a type among `KINDS`, or "mixed". `extras`: whether statistics or the cross entropy are computed as well.
+
+    Sixteen elements of a tile per thread, and as few registers as do without spilling: what a multiprocessor holds at
+    once hides how long memory takes.
     """
     classes = triton.next_power_of_2(n_classes)
-    if classes <= FEW_CLASSES:
-        # A row per thread where rows are short: with fewer the labels, as large as two logits, are read several times.
-        rows = 64 if classes <= 16 else TILE // classes
-        if classes in (32, 64):
-            # A second warp would read the labels of its rows again: 8 % of the bytes of bfloat16 at 32 classes.
-            return Config(rows // 2, classes, 32, 128)
-        return Config(rows, classes, 64, {8: 144, 16: 224}.get(classes, 128))
-    classes = triton.next_power_of_2(n_classes + layout.slack)
     # Offsets of 64 bits for each element, or code for every type, take registers.
     laborious = layout.group == 0 or teacher == "mixed"
-    if classes > (LONGEST // 2 if laborious else LONGEST):
-        # Twice the elements per thread: what belongs to the row is read again by every warp.
-        return Config(1, CHUNK, CHUNK // (2 * PER_THREAD), 200)
-    if classes == LONGEST or (teacher == "uint8" and classes > 256):
-        # A program of 1,024 threads has 64 registers for each, a few too few. And sixteen codes are 128 bits.
-        return Config(1, classes, classes // (2 * PER_THREAD), 128)
-    return Config(1, classes, max(32, classes // PER_THREAD), 104 if laborious or classes == 256 else 80)
+
+    def registers(plain: int, extra: int, most: int) -> int:
+        return most if laborious else extra if extras or teacher == "uint8" else plain
+
+    if classes <= FEW_CLASSES:
+        if classes <= 4:
+            return Config(64, classes, 64, registers(64, 96, 128))
+        if classes <= 16:
+            # A row per thread: with fewer the labels, as large as two logits, are read several times.
+            return Config(64, classes, 64, registers(96, 128, 224))
+        if classes == 32:
+            return Config(8, classes, 32, registers(80, 128, 168))
+        return Config(TILE // classes, classes, 64, registers(80, 112, 144))
+    classes = triton.next_power_of_2(n_classes + layout.slack)
+    if classes <= 256:
+        return Config(1, classes, 32, registers(64, 80, 96))
+    if classes <= 4096:
+        return Config(1, classes, classes // 16, registers(80, 128, 128))
+    # Longer rows of half precision are read twice in less time than it takes such a tile to work on them; and so are
+    # rows that fill little of the tile.
+    if classes == LONGEST and n_classes > 3 * LONGEST // 4 and teacher == "float32" and not laborious:
+        return Config(1, classes, classes // 32, 255)
+    return None
+
+
+def choose_chunks(layout: Layout, teacher: str, extras: bool = False) -> tuple[Config, Config]:
+    """The configurations for the statistics and for the gradient of longer rows; arguments as above.
+
+    A warp by itself needs no exchange with others for its sums, which are most of the work of the statistics.
+    """
+    if layout.group == 0 or teacher == "mixed":
+        return Config(1, 1024, 32, 255), Config(1, 2048, 128, 168)
+    return Config(1, 1024, 32, 152 if extras else 112), Config(1, 2048, 128, 96 if extras else 64)
 
 
 def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
@@ -71,13 +90,19 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
         return Layout(0, 0)
     # A sector of memory in the narrowest type (half of one for codes); a group of a wider type takes several.
     group = min(16, 32 // min(t.element_size() for t in tensors))
-    positions = {(t.data_ptr() // t.element_size() % group, t.stride(0) % group) for t in tensors}
-    if len(positions) > 1:
+    positions = [(t.data_ptr() // t.element_size(), t.stride(0)) for t in tensors]
+    if not several and all(p % 8 == 0 and stride % 8 == 0 for p, stride in positions):
+        # Half a sector where every row fills them: none has incomplete groups, which are moved element by element.
+        group = 8
+    places = {(p % group, stride % group) for p, stride in positions}
+    if len(places) > 1:
         return Layout(1, 0)
-    ((offset, stride),) = positions
+    ((offset, stride),) = places
     if several:
         # Every tile begins where a group does, if the first does and its rows fill groups.
-        rows, classes, *_ = choose_config(n_classes, Layout(group, 0), "float32")
+        config = choose_config(n_classes, Layout(group, 0), "float32")
+        assert config is not None
+        rows, classes, *_ = config
         slack = group - 1 if offset or rows * n_classes % group else 0
         return Layout(group, slack) if rows * (classes - n_classes) >= slack else Layout(1, 0)
     slack = group - 1 if offset or stride else 0

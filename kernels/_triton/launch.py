@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtss_fast._triton.common import kernel
-from amtss_fast._triton.config import KINDS, choose_config, choose_layout
+from amtss_fast._triton.config import KINDS, Config, choose_chunks, choose_config, choose_layout
 from amtss_fast._triton.stream import (
     STUDENT_FIELDS,
     STUDENT_PAIRS,
@@ -158,14 +158,21 @@ class Call(NamedTuple):
     need_stats: bool
 
 
+class Step(NamedTuple):
+    """One kernel of a plan, with the arguments that are its own, and what its programs share out among them."""
+
+    binary: Binary
+    own: dict[str, Any]
+    # Rows of a program, and programs of a row: one of the two is 1.
+    rows: int
+    chunks: int
+
+
 class Plan(NamedTuple):
     """One kernel where a row fits on chip, else chunks, their union, and the gradient."""
 
     constants: dict[str, Any]
-    # Rows of a program; of chunked rows 1.
-    rows: int
-    n_chunks: int
-    binaries: tuple[Binary, ...]
+    steps: tuple[Step, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -175,8 +182,6 @@ def make_plan(call: Call) -> Plan:
     teacher = KINDS[dtypes[0]] if len(set(dtypes)) == 1 else "mixed"
     logits = [student, *teachers, *([Logits(*call.grad)] if call.grad else [])]
     layout = choose_layout(call.n_classes, logits)
-    config = choose_config(call.n_classes, layout, teacher)
-    n_chunks = 1 if config.rows > 1 else triton.cdiv(call.n_classes + layout.slack, config.classes)
     constants = {
         "n_classes": call.n_classes,
         "row_stride": student.stride(0),
@@ -190,22 +195,28 @@ def make_plan(call: Call) -> Plan:
         "CHOICE": call.choice,
         "CE": call.ce,
         "GROUP": layout.group,
-        "ROWS": config.rows,
-        "CLASSES": config.classes,
         "TEACHERS": triton.next_power_of_2(len(teachers)),
-        "n_chunks": n_chunks,
-        "CHUNKS": triton.next_power_of_2(n_chunks),
     }
-    if n_chunks == 1:
-        binaries = [Binary(fused_tile, config.threads, config.registers)]
-    else:
-        binaries = [
-            Binary(chunk_statistics, config.threads, config.registers),
-            Binary(join_chunks, 32, config.registers),
-        ]
-        if call.grad is not None:
-            binaries.append(Binary(chunk_gradient, config.threads, config.registers))
-    return Plan(constants, config.rows, n_chunks, tuple(binaries))
+
+    def step(kernel: Any, config: Config, rows: int, chunks: int, **own: Any) -> Step:
+        own |= {"ROWS": config.rows, "CLASSES": config.classes}
+        return Step(Binary(kernel, config.threads, config.registers), own, rows, chunks)
+
+    extras = call.ce or call.need_stats
+    config = choose_config(call.n_classes, layout, teacher, extras)
+    if config is not None:
+        return Plan(constants, (step(fused_tile, config, config.rows, 1),))
+    statistics, gradient = choose_chunks(layout, teacher, extras)
+    n_chunks = triton.cdiv(call.n_classes + layout.slack, statistics.classes)
+    union = statistics._replace(threads=32)
+    steps = [
+        step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks),
+        step(join_chunks, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
+    ]
+    if call.grad is not None:
+        n_chunks = triton.cdiv(call.n_classes + layout.slack, gradient.classes)
+        steps.append(step(chunk_gradient, gradient, 1, n_chunks, n_chunks=n_chunks))
+    return Plan(constants, tuple(steps))
 
 
 def binaries(kernel: Any, threads: int) -> Callable[..., Binary]:
@@ -354,20 +365,21 @@ def _compute_rows(
         "unlabeled_index": given.unlabeled_index,
         "exponent": 1 / (given.temperature * math.log(2)),
         "temperature": given.temperature,
-        "weight_temperature": beta,
+        # The other two choices do not ask.
+        "sharpness": 1 / beta if choice == "soft" else 1.0,
         "kd_weight": given.kd_weight,
         "ce_weight": given.ce_weight,
         "label_smoothing": given.label_smoothing,
     }
     launches += before
-    if plan.n_chunks == 1:
-        launches.append(plan.binaries[0].of(-(-n_rows // plan.rows), arguments))
-        return
-    new, n_chunks = row_loss.new_empty, plan.n_chunks
-    arguments["fields"] = new((STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks))
-    arguments["factors"] = new((STUDENT_PAIRS.value + n_teachers, n_rows, 2))
-    for binary in plan.binaries:
-        launches.append(binary.of(n_rows if binary.kernel is join_chunks else n_rows * n_chunks, arguments))
+    if len(plan.steps) > 1:
+        n_chunks = plan.steps[0].chunks
+        arguments["fields"] = row_loss.new_empty(
+            (STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks)
+        )
+        arguments["factors"] = row_loss.new_empty((STUDENT_PAIRS.value + n_teachers, n_rows, 2))
+    for binary, own, rows, chunks in plan.steps:
+        launches.append(binary.of(-(-n_rows // rows) * chunks, arguments | own))
 
 
 def amtss_loss(given: Arguments) -> Outputs:

@@ -25,10 +25,11 @@ from amtss_fast._triton.common import (
 )
 from amtss_fast._triton.total import read_divisor
 
-# Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), largest rest, label's logit (0 where it
-# is in another chunk), and for the cross entropy sum exp2(b tau), sum b and its number of classes;
-STUDENT_FIELDS = tl.constexpr(7)
-# then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), largest rest, label's logit.
+# Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), the two logits of its margin (-inf
+# where they are in other chunks), and for the cross entropy the label's logit, sum exp2(b tau), sum b and its number of
+# classes;
+STUDENT_FIELDS = tl.constexpr(8)
+# then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), the two logits of its margin.
 TEACHER_FIELDS = tl.constexpr(5)
 # Factors of a row, in pairs [N, 2]: for the student the maximum and the factor of exp2(b), those of exp2(b tau) and
 # of the target; then for each teacher its maximum and the factor of exp2(a).
@@ -38,7 +39,7 @@ STUDENT_PAIRS = tl.constexpr(2)
 @kernel
 def chunk_statistics(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, labels, prior, fields,
+    scales, labels, prior, fields, student_margin,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
@@ -64,18 +65,21 @@ def chunk_statistics(
 
     source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
     s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
-    top = tl.max(s, 0)
-    _, rest = stand_out(s, top, start, compared)
+    if student_margin is not None:
+        top, own, rest = stand_out(s, start, compared)
+        tl.store(out + 2 * plane, own)
+        tl.store(out + 3 * plane, rest)
+    else:
+        top = tl.max(s, 0)
     # A chunk may hold nothing but -inf while the row does not.
     b = (s - tl.where(top == float("-inf"), 0.0, top)) * exponent
     tl.store(out, top)
     tl.store(out + plane, tl.sum(tl.exp2(b), 0))
-    tl.store(out + 2 * plane, rest)
-    tl.store(out + 3 * plane, tl.sum(tl.where(columns_of(s, start) == target, s, 0.0), 0))
     if CE:
-        tl.store(out + 4 * plane, tl.sum(tl.exp2(b * temperature), 0))
-        tl.store(out + 5 * plane, tl.sum(tl.where(inside, b, 0.0), 0))
-        tl.store(out + 6 * plane, tl.sum(inside.to(tl.float32), 0))
+        tl.store(out + 4 * plane, tl.max(tl.where(columns_of(s, start) == target, s, float("-inf")), 0))
+        tl.store(out + 5 * plane, tl.sum(tl.exp2(b * temperature), 0))
+        tl.store(out + 6 * plane, tl.sum(tl.where(inside, b, 0.0), 0))
+        tl.store(out + 7 * plane, tl.sum(inside.to(tl.float32), 0))
     out += STUDENT_FIELDS * plane
 
     for k in range(n_teachers):
@@ -84,23 +88,22 @@ def chunk_statistics(
         address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
         source = (address, t_row_stride, t_class_stride, kind, row_max, step)
         t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
-        top = tl.max(t, 0)
-        own, rest = stand_out(t, top, start, compared)
+        top, own, rest = stand_out(t, start, compared)
         a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent
         e = tl.exp2(a)
         tl.store(out, top)
         tl.store(out + plane, tl.sum(e, 0))
         tl.store(out + 2 * plane, tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0))
-        tl.store(out + 3 * plane, rest)
-        tl.store(out + 4 * plane, own)
+        tl.store(out + 3 * plane, own)
+        tl.store(out + 4 * plane, rest)
         out += TEACHER_FIELDS * plane
 
 
 @triton.jit
-def join_margins(rests, labels, held, tops, top, target):
+def join_margins(owns, rests, held, tops, top, target):
     """What :func:`stand_out` finds in a whole row, from its chunks."""
     labelled = target >= 0
-    own = tl.sum(tl.load(labels, held & labelled, other=0), 0)
+    own = tl.max(tl.load(owns, held, other=float("-inf")), 0)
     rest = tl.max(tl.load(rests, held, other=float("-inf")), 0)
     largest = tops == top
     second = tl.maximum(rest, tl.max(tl.where(largest, float("-inf"), tops), 0))
@@ -114,7 +117,7 @@ def join_chunks(
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64,
-    exponent: tl.float32, temperature: tl.float32, weight_temperature: tl.float32,
+    exponent: tl.float32, temperature: tl.float32, sharpness: tl.float32,
     kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
     WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +141,7 @@ def join_chunks(
     log_total_s = tl.log2(total_s)
     if student_margin is not None:
         own, rest = join_margins(into_s + 2 * plane, into_s + 3 * plane, held, tops, top_s, compared)
-        margin = margin_of(own, rest, top_s, total_s, exponent, WEIGHTING)
+        margin = margin_of(own, rest, top_s, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + row, tl.where(counts, margin, 0.0))
 
     mass = 0.0
@@ -160,10 +163,10 @@ def join_chunks(
         kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
         kl = LN2 * (kl + (log_total_s - tl.log2(total)))
         own, rest = join_margins(into + 3 * plane, into + 4 * plane, held, tops, top, compared)
-        margin = margin_of(own, rest, top, total, exponent, WEIGHTING)
+        margin = margin_of(own, rest, top, total, 1 / total, exponent, WEIGHTING)
         into += TEACHER_FIELDS * plane
 
-        share, keep, best = admit(margin, alpha, best, mass, weight_temperature, CHOICE)
+        share, keep, best = admit(margin, alpha, best, mass, sharpness, CHOICE)
         mass = mass * keep + share
         # A weight of 0 takes out an infinite divergence too.
         divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
@@ -186,10 +189,10 @@ def join_chunks(
         factor = factor / read_divisor(divisor, n_rows, ignore_index)
     factor = tl.where(alive, factor, 0.0)
     if CE:
-        s_label = tl.sum(tl.load(into_s + 3 * plane, held & labelled, other=0), 0)
-        total = tl.sum(tl.load(into_s + 4 * plane, held, other=0) * tl.exp2(g * temperature), 0)
-        sizes = tl.load(into_s + 6 * plane, held, other=0)
-        sums = tl.load(into_s + 5 * plane, held, other=0) + sizes * g
+        s_label = tl.max(tl.load(into_s + 4 * plane, held & labelled, other=float("-inf")), 0)
+        total = tl.sum(tl.load(into_s + 5 * plane, held, other=0) * tl.exp2(g * temperature), 0)
+        sizes = tl.load(into_s + 7 * plane, held, other=0)
+        sums = tl.load(into_s + 6 * plane, held, other=0) + sizes * g
         mean = tl.sum(tl.where(sizes > 0, sums, 0.0), 0) / n_classes
         ce = (1 - label_smoothing) * (tl.log2(total) - temperature * (s_label - top_s) * exponent)
         ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)

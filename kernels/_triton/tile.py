@@ -35,7 +35,7 @@ def fused_tile(
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, ignore_index: tl.int64, unlabeled_index: tl.int64,
-    exponent: tl.float32, temperature: tl.float32, weight_temperature: tl.float32,
+    exponent: tl.float32, temperature: tl.float32, sharpness: tl.float32,
     kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
     WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
@@ -57,13 +57,15 @@ def fused_tile(
     source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
     s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
     start_s = start
-    top = tl.max(s, 0)
+    if student_margin is not None:
+        top, own, rest = stand_out(s, start, compared)
+    else:
+        top = tl.max(s, 0)
     b = (s - across(top)) * exponent
     total_s = tl.sum(tl.exp2(b), 0)
     log_total_s = tl.log2(total_s)
     if student_margin is not None:
-        own, rest = stand_out(s, top, start, compared)
-        margin = margin_of(own, rest, top, total_s, exponent, WEIGHTING)
+        margin = margin_of(own, rest, top, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + rows, tl.where(counts, margin, 0.0), rows < n_rows)
 
     mass = (rows * 0).to(tl.float32)
@@ -78,21 +80,27 @@ def fused_tile(
         address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
         source = (address, t_row_stride, t_class_stride, kind, row_max, step)
         t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
-        top_t = tl.max(t, 0)
-        own, rest = stand_out(t, top_t, start, compared)
+        top_t, own, rest = stand_out(t, start, compared)
         a = (t - across(top_t)) * exponent
         e = tl.exp2(a)
         total = tl.sum(e, 0)
+        part = 1 / total
         # 0 log 0 is 0, also where the student is -inf.
-        kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) / total
+        kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) * part
         kl = LN2 * (kl + (log_total_s - tl.log2(total)))
-        margin = margin_of(own, rest, top_t, total, exponent, WEIGHTING)
+        margin = margin_of(own, rest, top_t, total, part, exponent, WEIGHTING)
 
-        share, keep, best = admit(margin, alpha, best, mass, weight_temperature, CHOICE)
+        share, keep, best = admit(margin, alpha, best, mass, sharpness, CHOICE)
         mass = mass * keep + share
         # A weight of 0 takes out an infinite divergence too.
         divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
-        mixture = mixture * across(keep) + tl.where(across(share == 0), 0.0, e * across(share / total))
+        if ROWS > 1:
+            mixture = mixture * across(keep) + tl.where(across(share == 0), 0.0, e * across(share * part))
+        else:
+            if keep != 1:
+                mixture *= keep
+            if share != 0:
+                mixture = tl.fma(e, tl.zeros(e.shape, tl.float32) + share * part, mixture)
         if weights is not None:
             shares = shares * across(keep) + tl.where(ks == k, across(share), 0.0)
             tl.store(margins + k * n_rows + rows, tl.where(alpha > 0, margin, 0.0), rows < n_rows)
@@ -114,6 +122,8 @@ def fused_tile(
     if CE:
         total = tl.sum(tl.exp2(b * temperature), 0)
         ce_inverse = ce_weight / total
+        # Never so: exp2(b temperature) is computed again, too.
+        b += across(tl.where(total < 0, total, 0.0))
         own = tl.max(tl.where(columns == across(target), b, float("-inf")), 0)
         inside = (columns >= 0) & (columns < n_classes) & across(rows < n_rows)
         mean = tl.sum(tl.where(inside, b, 0.0), 0) / n_classes
@@ -121,6 +131,10 @@ def fused_tile(
         ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
         loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
 
+    # Read again, as registers are dear in the loop.
+    counts, target, invalid, weight = read_row_inputs(
+        labels, sample_weight, rows, n_rows, n_classes, ignore_index, unlabeled_index
+    )
     alive = counts & (weight > 0)
     loss = tl.where(invalid, float("nan"), loss)
     tl.store(row_loss + rows, tl.where(alive, weight * loss, 0.0), rows < n_rows)
