@@ -45,6 +45,9 @@ class _Sizes(NamedTuple):
     classes: int
 
 
+# A label that is impossible at any number of classes.
+_NO_CLASS = 2**62
+
 _CPU = _Sizes(128 << 20, 64, 16, 4096, 1)
 _ACCELERATOR = _Sizes(1 << 30, 128, 128, 32768, 16)
 
@@ -95,6 +98,7 @@ class _Head:
     weight: Tensor  # [C', H], floating or, with `scale`, int8
     scale: Tensor | None  # [C']
     bias: Tensor | None  # [C']
+    n_classes: int  # of the student
     scratch: Callable[[str, torch.dtype, int, int], Tensor]
 
     def __post_init__(self) -> None:
@@ -119,11 +123,11 @@ class _Head:
         return block if block.dtype == dtype else self.scratch("weight", dtype, *block.shape).copy_(block)
 
     def write_logits(self, pick: slice | Tensor, taught: Tensor | None, out: Tensor) -> None:
-        """Fill `out` [n, C] with the logits of these rows; of `taught` ones alone where that is given.
+        """Fill `out` [n, C or more] with the logits of these rows; of `taught` ones alone where that is given.
 
         Classes that this model lacks are -inf, classes that only it has are left out.
         """
-        n_classes = min(len(self.weight), out.shape[1])
+        n_classes = min(len(self.weight), self.n_classes)
         out[:, n_classes:].fill_(-math.inf)
         rows = self.rows(pick, self.dtype)
         if taught is not None:
@@ -219,9 +223,9 @@ def _compute(
     device = student_hidden.device
     n_rows, n_classes, n_teachers = len(student_hidden), len(student_weight), len(teacher_hidden)
     scratch = _Scratch(device)
-    student = _Head(student_hidden, student_weight, None, student_bias, scratch)
+    student = _Head(student_hidden, student_weight, None, student_bias, n_classes, scratch)
     teachers = [
-        _Head(hidden, weight, scale, bias, scratch)
+        _Head(hidden, weight, scale, bias, n_classes, scratch)
         for hidden, weight, scale, bias in zip(
             teacher_hidden,
             teacher_weight,
@@ -272,6 +276,10 @@ def _compute(
     # Classes beyond the last one fill rows up, -inf to everybody. Smoothed labels would have mass there.
     unit = 1 if ce_weight > 0 and label_smoothing > 0 else _sizes(device).classes
     row_length = unit * math.ceil(n_classes / unit)
+    if labels is not None and row_length > n_classes:
+        # No label may be taken for one of them.
+        known = (labels < n_classes) | (labels == ignore_index) | (labels == unlabeled_index)
+        labels = labels.where(known, _NO_CLASS)
 
     outputs = _new_outputs(
         student_hidden, student_weight, n_teachers, reduction, need_grad_hidden, need_grad_weight, need_grad_bias,

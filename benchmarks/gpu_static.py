@@ -146,7 +146,7 @@ def compile_for(planned: launch.Launch, chip: Chip) -> Any:
         else:
             signature[parameter.name] = parameter.annotation_type
     source = ASTSource(fn=binary.kernel, signature=signature, constexprs=constants)
-    options = binary.options(chip.target.warp_size, chip.target.backend)
+    options = binary.options(chip.target)
     return triton.compile(source, target=chip.target, options=options)
 
 

@@ -17,7 +17,7 @@ from numerics import IGNORED, UNLABELED, assert_parts_within_budget
 from test_loss import OPTIONS
 from torch import Tensor
 
-from amtss_fast import QuantizedWeight, amtss_loss, linear_amtss_loss, linear_ops, quantize_weight
+from amtss_fast import QuantizedWeight, amtss_loss, linear_amtss_loss, linear_ops, ops, quantize_weight
 from amtss_fast.linear_ops import default_chunk_rows
 
 NAN = math.nan
@@ -200,7 +200,12 @@ def test_the_chunk_changes_nothing(backend: str, c: int) -> None:
             torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_vocabularies_of_different_sizes(backend: str) -> None:
+@pytest.mark.parametrize("sizes", [linear_ops._CPU, linear_ops._ACCELERATOR])
+def test_vocabularies_of_different_sizes(
+    monkeypatch: pytest.MonkeyPatch, backend: str, sizes: linear_ops._Sizes
+) -> None:
+    """Also where rows of logits are filled up, as on an accelerator."""
+    monkeypatch.setattr(linear_ops, "_sizes", lambda device: sizes)
     case = make_linear_case()
     short, long = case.teacher_weight[0][:30], torch.cat([case.teacher_weight[2], 9 * torch.ones(6, 9)])
     case.teacher_weight = [short, case.teacher_weight[1], long]
@@ -208,6 +213,21 @@ def test_vocabularies_of_different_sizes(backend: str) -> None:
     for weighting in ("label_margin", "label_nll"):
         case.options = {"weighting": weighting}
         case.check(backend, chunk_rows=8)
+
+
+@pytest.mark.parametrize("label", [37, 40, 2**40])
+def test_a_label_beyond_the_last_class_makes_its_row_nan(
+    monkeypatch: pytest.MonkeyPatch, backend: str, label: int
+) -> None:
+    """As on an accelerator: values are not looked at before, and rows of logits are longer than C = 37."""
+    if backend != "triton":
+        pytest.skip("the other backends look at the labels")
+    monkeypatch.setattr(linear_ops, "_sizes", lambda device: linear_ops._ACCELERATOR)
+    monkeypatch.setattr(ops, "values_are_free", lambda tensor: False)
+    case = make_linear_case(special_rows=False, reduction="none")
+    case.labels[2] = label
+    loss = case.run(backend)["loss"]
+    assert loss.isnan().nonzero().flatten().tolist() == [2]
 
 
 def test_one_tensor_stands_for_equal_teachers() -> None:

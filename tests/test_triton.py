@@ -260,7 +260,7 @@ seen = collections.defaultdict(set)
 def key(launched):
     kernel = launched.binary.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    _, specialization, options = bind(*launched.values, **launched.binary.options(32, "cuda"))
+    _, specialization, options = bind(*launched.values, **launched.binary.options(GPUTarget("cuda", 90, 32)))
     key = kernel.fn.__name__, str(specialization), str(options)
     seen[launched.binary].add(key)
     return key

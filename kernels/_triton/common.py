@@ -296,7 +296,7 @@ def stand_out(x, start, target):
             rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
         else:
             rest = tl.max(x, 0)
-            own = rest - float("inf")
+            own = tl.full((), float("-inf"), tl.float32)
         top = tl.maximum(own, rest)
     else:
         top = tl.max(x, 0)

@@ -57,7 +57,7 @@ def choose_config(n_classes: int, layout: Layout, teacher: str, extras: bool = F
             return Config(64, classes, 64, registers(64, 96, 128))
         if classes <= 16:
             # A row per thread: with fewer the labels, as large as two logits, are read several times.
-            return Config(64, classes, 64, registers(96, 128, 224))
+            return Config(64, classes, 64, registers(96, 128, 255))
         if classes == 32:
             return Config(8, classes, 32, registers(80, 128, 168))
         return Config(TILE // classes, classes, 64, registers(80, 112, 144))

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from amtss_fast._triton.common import kernel
 from amtss_fast._triton.config import KINDS, Config, choose_chunks, choose_config, choose_layout
@@ -62,18 +63,22 @@ class Binary:
         self._pick = itemgetter(*kernel.arg_names)
         self._compiled: Any = None
 
-    def options(self, warp_size: int, backend: str) -> dict[str, Any]:
+    def options(self, target: GPUTarget) -> dict[str, Any]:
         # Fused multiplications and additions round the student's side and the teachers' differently: where they are
         # equal, the gradient would not be exactly 0.
-        options = {"num_warps": max(1, self.threads // warp_size), "enable_fp_fusion": False}
-        return options | ({"maxnreg": self.registers} if self.registers and backend == "cuda" else {})
+        options = {"num_warps": max(1, self.threads // target.warp_size), "enable_fp_fusion": False}
+        if self.registers is None or target.backend != "cuda":
+            return options
+        # The assembler for Blackwell takes more of them for the same code.
+        registers = self.registers if target.arch < 100 else min(255, self.registers * 13 // 10)
+        return options | {"maxnreg": registers}
 
     def launch(self, programs: int, values: Sequence[Any]) -> None:
         """On the current device; `values`: all arguments, in order."""
         if self._compiled is not None:
             self._compiled[(programs, 1, 1)](*values)
             return
-        compiled = self.kernel[(programs,)](*values, **self.options(*device_kind()))
+        compiled = self.kernel[(programs,)](*values, **self.options(current_target()))
         # Triton's interpreter compiles nothing.
         if _LAUNCHES_DIRECTLY:
             self._compiled = compiled
@@ -105,11 +110,11 @@ def run(launches: Sequence[Launch]) -> None:
 
 
 @cache
-def device_kind() -> tuple[int, str]:
-    """Threads of a warp on this machine, and Triton's name of its backend."""
+def current_target() -> GPUTarget:
+    """What Triton compiles for on this machine."""
     if not torch.cuda.is_available():
-        return 32, "cuda"
-    return torch.cuda.get_device_properties().warp_size, "hip" if torch.version.hip else "cuda"
+        return GPUTarget("cuda", 90, 32)
+    return triton.runtime.driver.active.get_current_target()
 
 
 @cache
