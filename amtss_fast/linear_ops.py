@@ -41,7 +41,8 @@ class _Sizes(NamedTuple):
     rows: int
     # Classes of a block of a head: what the caches hold, or enough work for a launch.
     block: int
-    # A row of logits is a multiple of this long: products of half precision are fast where rows begin at 16 bytes.
+    # A row of logits is a multiple of this long. Products of half precision are fast where rows begin at 16 bytes and
+    # dimensions are multiples of 8.
     classes: int
 
 
@@ -111,11 +112,19 @@ class _Head:
         return self.hidden[pick].to(dtype).contiguous()
 
     def blocks(self, n_classes: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-        """Begin and end of the head's blocks in products of `dtype`; one where an accelerator need not convert it."""
+        """Begin and end of the head's blocks in products of `dtype`.
+
+        On an accelerator all that needs no conversion is one block, and the classes that fill no unit are another: with
+        them libraries choose kernels for any alignment, which take three times as long.
+        """
+        sizes = _sizes(self.hidden.device)
+        rest = n_classes - n_classes % sizes.classes
         whole = not self.on_cpu and self.weight.dtype == dtype
-        length = n_classes if whole else _sizes(self.hidden.device).block
-        for begin in range(0, n_classes, length):
-            yield begin, min(begin + length, n_classes)
+        length = max(1, rest) if whole else sizes.block
+        for begin in range(0, rest, length):
+            yield begin, min(begin + length, rest)
+        if rest < n_classes:
+            yield rest, n_classes
 
     def classes(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows [begin, end) of the head, without the scale of codes."""
