@@ -89,9 +89,10 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:
     if any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
         return Layout(0, 0)
     # A sector of memory in the narrowest type (half of one for codes); a group of a wider type takes several.
-    group = min(16, 32 // min(t.element_size() for t in tensors))
+    narrowest = min(t.element_size() for t in tensors)
+    group = min(16, 32 // narrowest)
     positions = [(t.data_ptr() // t.element_size(), t.stride(0)) for t in tensors]
-    if not several and all(p % 8 == 0 and stride % 8 == 0 for p, stride in positions):
+    if not several and narrowest == 2 and all(p % 8 == 0 and stride % 8 == 0 for p, stride in positions):
         # Half a sector where every row fills them: none has incomplete groups, which are moved element by element.
         group = 8
     places = {(p % group, stride % group) for p, stride in positions}

@@ -70,7 +70,7 @@ class Binary:
         if self.registers is None or target.backend != "cuda":
             return options
         # The assembler for Blackwell takes more of them for the same code.
-        registers = self.registers if target.arch < 100 else min(255, self.registers * 13 // 10)
+        registers = self.registers if target.arch < 100 else min(255, self.registers * 7 // 5)
         return options | {"maxnreg": registers}
 
     def launch(self, programs: int, values: Sequence[Any]) -> None:
