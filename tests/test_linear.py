@@ -275,7 +275,8 @@ def product_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_ignored_rows_are_left_out_of_the_products(backend: str, product_rows: list[int]) -> None:
-    case = make_linear_case(20, special_rows=False, ce_weight=0.4)
+    # Everywhere one product for each head.
+    case = make_linear_case(20, 48, special_rows=False, ce_weight=0.4)
     keep = torch.arange(20) % 3 != 0
     part = LinearCase(
         case.hidden[keep], case.weight, case.bias, [h[keep] for h in case.teacher_hidden], case.teacher_weight,
