@@ -79,8 +79,8 @@ class Binary:
             self._compiled[(programs, 1, 1)](*values)
             return
         compiled = self.kernel[(programs,)](*values, **self.options(current_target()))
-        # Triton's interpreter compiles nothing.
-        if _LAUNCHES_DIRECTLY:
+        # Without a device kernels are interpreted or emulated.
+        if _LAUNCHES_DIRECTLY and torch.cuda.is_available():
             self._compiled = compiled
 
     def of(self, programs: int, arguments: dict[str, Any]) -> "Launch":
