@@ -11,7 +11,8 @@ Every case first checks that the rivals agree. Times are medians of interleaved 
 forward, backward and the release of the gradient. GB/s counts each logit read once and each gradient written once. The
 floor is the larger of these bytes at the speed of a copy and one exponential per logit at the speed of the kernel's own
 exponential in cache. Memory is the peak beyond the inputs and the gradient. On a GPU times lie between events of the
-device and the floor is the bytes alone. Liger-Kernel's KL joins in there at K = 1 if it is installed.
+device and the floor is the bytes alone; `graph` is the native step replayed as a CUDA graph, which leaves the kernels'
+time. Liger-Kernel's KL joins in there at K = 1 if it is installed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import csv
 import functools
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from cases import (
     Case,
     Limits,
     Loss,
+    captured,
     check_agreement,
     default_device,
     grid,
@@ -50,7 +53,7 @@ def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[
     student, teachers, labels = case.inputs(default_device())
     if case.k > 1 or not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None:
         names = [name for name in names if name != "liger"]
-    losses = rivals(names)
+    losses = rivals([name for name in names if name != "graph"])
     check_agreement(losses, student, teachers, labels)
 
     def run(loss_fn: Loss) -> None:
@@ -58,7 +61,9 @@ def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[
         # Each rival pays for freeing its own gradient. The next one would, otherwise.
         student.grad = None
 
-    runs = {name: functools.partial(run, loss_fn) for name, loss_fn in losses.items()}
+    runs: dict[str, Callable[[], object]] = {name: functools.partial(run, f) for name, f in losses.items()}
+    if "graph" in names and torch.cuda.is_available():
+        runs["graph"] = captured(runs["native"])
     timings = time_interleaved(runs, seconds)
     rows: list[Row] = []
     for name, timing in timings.items():
@@ -110,7 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=parse_case, action="append", metavar="N,K,C[,DTYPE]")
     parser.add_argument("--grid", action="store_true", help="K and C over their range")
-    parser.add_argument("--rivals", default="native,torch,compile,liger", help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--rivals", default="native,graph,torch,compile,liger", help="comma-separated (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=10, help="for each case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from amtss_fast._triton.common import kernel
 from amtss_fast._triton.config import KINDS, Config, choose_chunks, choose_config, choose_layout
 from amtss_fast._triton.stream import (
-    STUDENT_FIELDS,
+    STUDENT_CHUNK_PAIRS,
     STUDENT_PAIRS,
-    TEACHER_FIELDS,
+    TEACHER_CHUNK_PAIRS,
     chunk_gradient,
     chunk_statistics,
     join_chunks,
@@ -79,8 +79,7 @@ class Binary:
             self._compiled[(programs, 1, 1)](*values)
             return
         compiled = self.kernel[(programs,)](*values, **self.options(current_target()))
-        # Without a device kernels are interpreted or emulated.
-        if _LAUNCHES_DIRECTLY and torch.cuda.is_available():
+        if _LAUNCHES_DIRECTLY and not _interpreted():
             self._compiled = compiled
 
     def of(self, programs: int, arguments: dict[str, Any]) -> "Launch":
@@ -109,10 +108,15 @@ def run(launches: Sequence[Launch]) -> None:
         binary.launch(programs, values)
 
 
+def _interpreted() -> bool:
+    """Whether kernels run without a device: there is nothing that could be launched again."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def current_target() -> GPUTarget:
     """What Triton compiles for on this machine."""
-    if not torch.cuda.is_available():
+    if _interpreted():
         return GPUTarget("cuda", 90, 32)
     return triton.runtime.driver.active.get_current_target()
 
@@ -379,9 +383,8 @@ def _compute_rows(
     launches += before
     if len(plan.steps) > 1:
         n_chunks = plan.steps[0].chunks
-        arguments["fields"] = row_loss.new_empty(
-            (STUDENT_FIELDS.value + n_teachers * TEACHER_FIELDS.value, n_rows, n_chunks)
-        )
+        pairs = STUDENT_CHUNK_PAIRS.value + n_teachers * TEACHER_CHUNK_PAIRS.value
+        arguments["fields"] = row_loss.new_empty((pairs, n_rows, n_chunks, 2))
         arguments["factors"] = row_loss.new_empty((STUDENT_PAIRS.value + n_teachers, n_rows, 2))
     for binary, own, rows, chunks in plan.steps:
         launches.append(binary.of(-(-n_rows // rows) * chunks, arguments | own))

@@ -25,15 +25,30 @@ from amtss_fast._triton.common import (
 )
 from amtss_fast._triton.total import read_divisor
 
-# Fields of a chunk, [N, chunks] each: for the student its maximum, sum exp2(b), the two logits of its margin (-inf
-# where they are in other chunks), and for the cross entropy the label's logit, sum exp2(b tau), sum b and its number of
-# classes;
-STUDENT_FIELDS = tl.constexpr(8)
-# then for each teacher its maximum, sum exp2(a), sum exp2(a) (a - b), the two logits of its margin.
-TEACHER_FIELDS = tl.constexpr(5)
-# Factors of a row, in pairs [N, 2]: for the student the maximum and the factor of exp2(b), those of exp2(b tau) and
-# of the target; then for each teacher its maximum and the factor of exp2(a).
+# Everything between the kernels is in pairs, because a pair moves as one number. Those of a chunk, [N, chunks, 2] each:
+# for the student its maximum and sum exp2(b), the two logits of its margin (-inf where they are in other chunks), and
+# for the cross entropy the label's logit and sum exp2(b tau), sum b and its number of classes;
+STUDENT_CHUNK_PAIRS = tl.constexpr(4)
+# then for each teacher its maximum and sum exp2(a), the two logits of its margin, sum exp2(a) (a - b) and nothing.
+TEACHER_CHUNK_PAIRS = tl.constexpr(3)
+# Those of a row, [N, 2]: for the student the maximum and the factor of exp2(b), the factors of exp2(b tau) and of the
+# target; then for each teacher its maximum and the factor of exp2(a).
 STUDENT_PAIRS = tl.constexpr(2)
+
+
+@triton.jit
+def load_pair(pointer, mask=None):
+    """Two neighbouring numbers, 0 outside of `mask`."""
+    pointer = pointer.to(tl.pointer_type(tl.int64))
+    both = tl.load(pointer) if mask is None else tl.load(pointer, mask, other=0)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_pair(pointer, a, b):
+    low = a.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    high = b.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    tl.store(pointer.to(tl.pointer_type(tl.int64)), high | low)
 
 
 @kernel
@@ -60,27 +75,24 @@ def chunk_statistics(
     compared = target
     if WEIGHTING == "top2_margin":
         compared = target * 0 - 1
-    plane = n_rows * n_chunks
-    out = fields + row * n_chunks + chunk
+    plane = 2 * n_rows * n_chunks
+    out = fields + 2 * (row * n_chunks + chunk)
 
     source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
     s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
     if student_margin is not None:
         top, own, rest = stand_out(s, start, compared)
-        tl.store(out + 2 * plane, own)
-        tl.store(out + 3 * plane, rest)
+        store_pair(out + plane, own, rest)
     else:
         top = tl.max(s, 0)
     # A chunk may hold nothing but -inf while the row does not.
     b = (s - tl.where(top == float("-inf"), 0.0, top)) * exponent
-    tl.store(out, top)
-    tl.store(out + plane, tl.sum(tl.exp2(b), 0))
+    store_pair(out, top, tl.sum(tl.exp2(b), 0))
     if CE:
-        tl.store(out + 4 * plane, tl.max(tl.where(columns_of(s, start) == target, s, float("-inf")), 0))
-        tl.store(out + 5 * plane, tl.sum(tl.exp2(b * temperature), 0))
-        tl.store(out + 6 * plane, tl.sum(tl.where(inside, b, 0.0), 0))
-        tl.store(out + 7 * plane, tl.sum(inside.to(tl.float32), 0))
-    out += STUDENT_FIELDS * plane
+        label = tl.max(tl.where(columns_of(s, start) == target, s, float("-inf")), 0)
+        store_pair(out + 2 * plane, label, tl.sum(tl.exp2(b * temperature), 0))
+        store_pair(out + 3 * plane, tl.sum(tl.where(inside, b, 0.0), 0), tl.sum(inside.to(tl.float32), 0))
+    out += STUDENT_CHUNK_PAIRS * plane
 
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
@@ -91,20 +103,19 @@ def chunk_statistics(
         top, own, rest = stand_out(t, start, compared)
         a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent
         e = tl.exp2(a)
-        tl.store(out, top)
-        tl.store(out + plane, tl.sum(e, 0))
-        tl.store(out + 2 * plane, tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0))
-        tl.store(out + 3 * plane, own)
-        tl.store(out + 4 * plane, rest)
-        out += TEACHER_FIELDS * plane
+        store_pair(out, top, tl.sum(e, 0))
+        store_pair(out + plane, own, rest)
+        store_pair(out + 2 * plane, tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0), 0.0 * alpha)
+        out += TEACHER_CHUNK_PAIRS * plane
 
 
 @triton.jit
-def join_margins(owns, rests, held, tops, top, target):
+def join_margins(pairs, held, tops, top, target):
     """What :func:`stand_out` finds in a whole row, from its chunks."""
     labelled = target >= 0
-    own = tl.max(tl.load(owns, held, other=float("-inf")), 0)
-    rest = tl.max(tl.load(rests, held, other=float("-inf")), 0)
+    owns, rests = load_pair(pairs, held)
+    own = tl.max(tl.where(held, owns, float("-inf")), 0)
+    rest = tl.max(tl.where(held, rests, float("-inf")), 0)
     largest = tops == top
     second = tl.maximum(rest, tl.max(tl.where(largest, float("-inf"), tops), 0))
     second = tl.where(tl.sum(largest.to(tl.int32), 0) > 1, top, second)
@@ -129,18 +140,19 @@ def join_chunks(
     compared = target
     if WEIGHTING == "top2_margin":
         compared = target * 0 - 1
-    plane = n_rows * n_chunks
+    plane = 2 * n_rows * n_chunks
     chunks = tl.arange(0, CHUNKS)
     held = counts & (chunks < n_chunks)  # [CHUNKS]
-    into_s = fields + row * n_chunks + chunks
+    into_s = fields + 2 * (row * n_chunks + chunks)
 
-    tops = tl.load(into_s, held, other=float("-inf"))
+    tops, totals_s = load_pair(into_s, held)
+    tops = tl.where(held, tops, float("-inf"))
     top_s = tl.max(tops, 0)
     g = (tops - top_s) * exponent
-    total_s = tl.sum(tl.load(into_s + plane, held, other=0) * tl.exp2(g), 0)
+    total_s = tl.sum(totals_s * tl.exp2(g), 0)
     log_total_s = tl.log2(total_s)
     if student_margin is not None:
-        own, rest = join_margins(into_s + 2 * plane, into_s + 3 * plane, held, tops, top_s, compared)
+        own, rest = join_margins(into_s + plane, held, tops, top_s, compared)
         margin = margin_of(own, rest, top_s, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + row, tl.where(counts, margin, 0.0))
 
@@ -150,21 +162,23 @@ def join_chunks(
     ks = tl.arange(0, TEACHERS)
     shares = tl.zeros((TEACHERS,), tl.float32)
     totals = shares + 1
-    into = into_s + STUDENT_FIELDS * plane
+    into = into_s + STUDENT_CHUNK_PAIRS * plane
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
-        tops = tl.load(into, held, other=float("-inf"))
+        tops, sums = load_pair(into, held)
+        tops = tl.where(held, tops, float("-inf"))
         top = tl.max(tops, 0)
         f = (tops - top) * exponent
         e = tl.exp2(f)
-        part = e * tl.load(into + plane, held, other=0)
+        part = e * sums
         total = tl.sum(part, 0)
-        kl = e * tl.load(into + 2 * plane, held, other=0) + part * (f - g)
+        kls, _ = load_pair(into + 2 * plane, held)
+        kl = e * kls + part * (f - g)
         kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
         kl = LN2 * (kl + (log_total_s - tl.log2(total)))
-        own, rest = join_margins(into + 3 * plane, into + 4 * plane, held, tops, top, compared)
+        own, rest = join_margins(into + plane, held, tops, top, compared)
         margin = margin_of(own, rest, top, total, 1 / total, exponent, WEIGHTING)
-        into += TEACHER_FIELDS * plane
+        into += TEACHER_CHUNK_PAIRS * plane
 
         share, keep, best = admit(margin, alpha, best, mass, sharpness, CHOICE)
         mass = mass * keep + share
@@ -189,10 +203,11 @@ def join_chunks(
         factor = factor / read_divisor(divisor, n_rows, ignore_index)
     factor = tl.where(alive, factor, 0.0)
     if CE:
-        s_label = tl.max(tl.load(into_s + 4 * plane, held & labelled, other=float("-inf")), 0)
-        total = tl.sum(tl.load(into_s + 5 * plane, held, other=0) * tl.exp2(g * temperature), 0)
-        sizes = tl.load(into_s + 7 * plane, held, other=0)
-        sums = tl.load(into_s + 6 * plane, held, other=0) + sizes * g
+        s_labels, sums = load_pair(into_s + 2 * plane, held)
+        s_label = tl.max(tl.where(held & labelled, s_labels, float("-inf")), 0)
+        total = tl.sum(sums * tl.exp2(g * temperature), 0)
+        sums, sizes = load_pair(into_s + 3 * plane, held)
+        sums += sizes * g
         mean = tl.sum(tl.where(sizes > 0, sums, 0.0), 0) / n_classes
         ce = (1 - label_smoothing) * (tl.log2(total) - temperature * (s_label - top_s) * exponent)
         ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
@@ -210,13 +225,6 @@ def join_chunks(
     tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
     shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares / totals * kd_factor))
     tl.store(factors + 2 * ((STUDENT_PAIRS + ks) * n_rows + row) + 1, shares, ks < n_teachers)
-
-
-@triton.jit
-def load_pair(pointer):
-    """Two neighbouring numbers with one load: every warp of a chunk needs them."""
-    both = tl.load(pointer.to(tl.pointer_type(tl.int64)))
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @kernel
