@@ -80,7 +80,7 @@ def choose_chunks(layout: Layout, teacher: str, extras: bool = False) -> tuple[C
     """
     if layout.group == 0 or teacher == "mixed":
         return Config(1, 1024, 32, 255), Config(1, 2048, 128, 168)
-    return Config(1, 1024, 32, 152 if extras else 112), Config(1, 2048, 128, 96 if extras else 64)
+    return Config(1, 1024, 32, 152 if extras else 128), Config(1, 2048, 128, 96 if extras else 64)
 
 
 def choose_layout(n_classes: int, tensors: Sequence[Tensor]) -> Layout:

@@ -217,7 +217,7 @@ def make_plan(call: Call) -> Plan:
         return Plan(constants, (step(fused_tile, config, config.rows, 1),))
     statistics, gradient = choose_chunks(layout, teacher, extras)
     n_chunks = triton.cdiv(call.n_classes + layout.slack, statistics.classes)
-    union = statistics._replace(threads=32)
+    union = Config(1, statistics.classes, 32, 255)
     steps = [
         step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks),
         step(join_chunks, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
