@@ -59,7 +59,7 @@ def choose_config(n_classes: int, layout: Layout, teacher: str, extras: bool = F
             # A row per thread: with fewer the labels, as large as two logits, are read several times.
             return Config(64, classes, 64, registers(96, 128, 255))
         if classes == 32:
-            return Config(8, classes, 32, registers(80, 128, 168))
+            return Config(8, classes, 32, registers(88, 128, 168))
         return Config(TILE // classes, classes, 64, registers(80, 112, 144))
     classes = triton.next_power_of_2(n_classes + layout.slack)
     if classes <= 256:

@@ -27,7 +27,7 @@ from amtss_fast._triton.stream import (
     join_chunks,
 )
 from amtss_fast._triton.tile import fused_tile
-from amtss_fast._triton.total import BLOCK, FEW_ROWS, ONE_PROGRAM, PARTS, add_rows, count_rows
+from amtss_fast._triton.total import BLOCK, COUNTED, FEW_ROWS, ONE_PROGRAM, PARTS, add_rows, count_rows
 from amtss_fast.ops import Arguments, Outputs, gradient_dtype
 
 # Teachers whose pointers are arguments of a kernel, the second half of them only where it is needed. Where more of them
@@ -234,7 +234,7 @@ def binaries(kernel: Any, threads: int) -> Callable[..., Binary]:
 
 
 _write_entry = binaries(write_entry, 32)
-_count_rows = binaries(count_rows, 1024)
+_count_rows = binaries(count_rows, 256)
 _add_rows = binaries(add_rows, 1024)
 
 
@@ -414,13 +414,11 @@ def _count(labels: Tensor, ignore_index: int, launches: list[Launch]) -> Tensor:
     n_rows = labels.shape[0]
     if n_rows <= FEW_ROWS:
         return labels
-    if n_rows <= ONE_PROGRAM:
-        programs, out = 1, labels.new_empty((), dtype=torch.float32)
-    else:
-        programs, out = PARTS.value, labels.new_empty(PARTS.value, dtype=torch.int32)
-    binary = _count_rows(labels.get_device(), out.dtype)
-    launches.append(Launch(binary, programs, (labels, out, n_rows, ignore_index, BLOCK)))
-    return out
+    parts = labels.new_empty(PARTS.value, dtype=torch.int32)
+    launches.append(
+        Launch(_count_rows(labels.get_device()), PARTS.value, (labels, parts, n_rows, ignore_index, COUNTED))
+    )
+    return parts
 
 
 def _add(row_loss: Tensor, divisor: Tensor | None, ignore_index: int, launches: list[Launch]) -> Tensor:

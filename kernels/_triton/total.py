@@ -1,9 +1,8 @@
 """Sums over the rows: the number of rows that count, and the loss.
 
-Up to `ONE_PROGRAM` rows one program walks them all. More rows are cut into `PARTS` stretches of a program each, whose
-sums are added up by whoever needs the total. The order of additions depends on the number of rows alone.
-
-The labels of few rows are counted by everyone who needs their number: a kernel of its own would take longer to launch.
+Rows are cut into `PARTS` stretches of a program each, whose sums are added up by whoever needs the total. The order of
+additions depends on the number of rows alone. Few rows are not worth a launch: the loss of up to `ONE_PROGRAM` rows is
+added up by one program, and the labels of up to `FEW_ROWS` are counted by everyone who needs their number.
 """
 
 import triton
@@ -14,8 +13,8 @@ from amtss_fast._triton.common import kernel
 PARTS = tl.constexpr(64)
 # Where the launch of a second kernel would take as long as the first.
 ONE_PROGRAM = 65536
-# Rows that a program has in flight.
-BLOCK = 16384
+# Rows that a program has in flight, of its labels and of their losses.
+COUNTED, BLOCK = 1024, 16384
 # Up to here everyone counts the labels, so many at once.
 FEW_ROWS, FEW = 512, tl.constexpr(256)
 
@@ -38,12 +37,9 @@ def count_labels(labels, begin, end, ignore_index, BLOCK: tl.constexpr):
 
 @kernel
 def count_rows(labels, out, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
-    """How many rows count: of one program a divisor, of several their parts of it; see :func:`read_divisor`."""
+    """How many rows of each program's stretch count."""
     begin, end = own_stretch(n_rows)
-    count = count_labels(labels, begin, end, ignore_index, BLOCK)
-    if out.dtype.element_ty == tl.float32:
-        count = tl.maximum(count, 1)
-    tl.store(out + tl.program_id(0), count.to(out.dtype.element_ty))
+    tl.store(out + tl.program_id(0), count_labels(labels, begin, end, ignore_index, BLOCK))
 
 
 @triton.jit
