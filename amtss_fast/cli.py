@@ -158,11 +158,16 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from torch import distributed
+
     from amtss_fast.config import load_config
     from amtss_fast.run import run
 
     folder = run(load_config(options.config, options.overrides), overwrite=options.overwrite, resume=options.resume)
     _show(folder)
+    if distributed.is_available() and distributed.is_initialized():
+        # Under torchrun: a process that ends with the group's threads running may be aborted.
+        distributed.destroy_process_group()
 
 
 def _cache(options: argparse.Namespace) -> None:

@@ -189,7 +189,7 @@ def load_as(pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GR
         start, pointers, is_complete = walk(pointer + first * row_stride, start, size, GROUP, LENGTH)
         whole, has_edges = mask_groups(start, size, GROUP, LENGTH)
         if len(inside.shape) == 2:
-            # As a rule the last of many tiles.
+            # As a rule that is the last of many tiles.
             if has_edges:
                 x = tl.load(pointers, mask_existing(start, size, LENGTH), other=OUTSIDE)
             else:

@@ -1,7 +1,9 @@
 """Which regime runs rows of C classes, and with which configuration.
 
-Up to `FEW_CLASSES` a program has a tile of several rows, up to `LONGEST` one row (:mod:`~amtss_fast._triton.tile`);
-longer rows are cut into chunks (:mod:`~amtss_fast._triton.stream`). `benchmarks/gpu_static.py` compiles them all.
+Up to `FEW_CLASSES` a program has a tile of several rows, beyond that one row as long as that pays, `LONGEST` at most
+(:mod:`~amtss_fast._triton.tile`); longer rows are cut into chunks (:mod:`~amtss_fast._triton.stream`). The numbers are
+the best of some hundred combinations tried on an H100, of those that do without spilling: `benchmarks/gpu_static.py`
+compiles them all.
 """
 
 from collections.abc import Sequence
@@ -65,7 +67,7 @@ def choose_config(n_classes: int, layout: Layout, teacher: str, extras: bool = F
     if classes <= 256:
         return Config(1, classes, 32, registers(64, 80, 96))
     if classes <= 4096:
-        return Config(1, classes, classes // 16, registers(80, 128, 128))
+        return Config(1, classes, classes // 16, registers(80, 128, 144))
     # Longer rows of half precision are read twice in less time than it takes such a tile to work on them; and so are
     # rows that fill little of the tile.
     if classes == LONGEST and n_classes > 3 * LONGEST // 4 and teacher == "float32" and not laborious:

@@ -131,10 +131,6 @@ def fused_tile(
         ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
         loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
 
-    # Read again, as registers are dear in the loop.
-    counts, target, invalid, weight = read_row_inputs(
-        labels, sample_weight, rows, n_rows, n_classes, ignore_index, unlabeled_index
-    )
     alive = counts & (weight > 0)
     loss = tl.where(invalid, float("nan"), loss)
     tl.store(row_loss + rows, tl.where(alive, weight * loss, 0.0), rows < n_rows)
