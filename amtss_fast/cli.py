@@ -8,6 +8,7 @@ import itertools
 import json
 import platform
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,7 +167,10 @@ def _train(options: argparse.Namespace) -> None:
     folder = run(load_config(options.config, options.overrides), overwrite=options.overwrite, resume=options.resume)
     _show(folder)
     if distributed.is_available() and distributed.is_initialized():
-        # Under torchrun: a process that ends with the group's threads running may be aborted.
+        # Under torchrun. A thread of the group that lets go of a tensor while Python ends is aborted, and the launcher
+        # then stops the other processes: all of them are to be through, and those threads idle.
+        distributed.barrier()
+        time.sleep(0.2)
         distributed.destroy_process_group()
 
 
