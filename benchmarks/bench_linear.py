@@ -212,10 +212,7 @@ def bench(case: LinearCase, names: list[str], seconds: float, least: int) -> lis
         row: Row = {
             "case": str(case),
             "rival": name,
-            "median_ms": timing.median * 1e3,
-            "low_ms": timing.low * 1e3,
-            "high_ms": timing.high * 1e3,
-            "runs": timing.runs,
+            **timing.figures(),
             "gflop_per_s": case.flops / timing.median / 1e9,
             "times_native": timing.median / timings["native"].median,
             "memory_mb": max(0, memory) / 1e6,

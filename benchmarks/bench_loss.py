@@ -72,10 +72,7 @@ def bench(case: Case, names: list[str], limits: Limits, seconds: float) -> list[
             {
                 "case": str(case),
                 "rival": name,
-                "median_ms": timing.median * 1e3,
-                "low_ms": timing.low * 1e3,
-                "high_ms": timing.high * 1e3,
-                "runs": timing.runs,
+                **timing.figures(),
                 "gb_per_s": case.bytes / timing.median / 1e9,
                 "floor_ratio": timing.median / limits.floor(case),
                 "times_native": timing.median / timings["native"].median,

@@ -156,6 +156,15 @@ class Timing:
     """Three quarters of the runs took no longer."""
     runs: int
 
+    def figures(self) -> dict[str, float | int]:
+        """As the JSON files have it, in milliseconds."""
+        return {
+            "median_ms": self.median * 1e3,
+            "low_ms": self.low * 1e3,
+            "high_ms": self.high * 1e3,
+            "runs": self.runs,
+        }
+
 
 def seconds_of(run: Callable[[], object], repeats: int) -> float:
     """Seconds of one run: by the clock, or between two events of the device where there is one."""
