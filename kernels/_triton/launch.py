@@ -79,7 +79,7 @@ class Binary:
             self._compiled[(programs, 1, 1)](*values)
             return
         compiled = self.kernel[(programs,)](*values, **self.options(current_target()))
-        if _LAUNCHES_DIRECTLY and not _interpreted():
+        if _LAUNCHES_DIRECTLY and not interpreted():
             self._compiled = compiled
 
     def of(self, programs: int, arguments: dict[str, Any]) -> "Launch":
@@ -108,7 +108,7 @@ def run(launches: Sequence[Launch]) -> None:
         binary.launch(programs, values)
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether kernels run without a device: there is nothing that could be launched again."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -116,7 +116,7 @@ def _interpreted() -> bool:
 @cache
 def current_target() -> GPUTarget:
     """What Triton compiles for on this machine."""
-    if _interpreted():
+    if interpreted():
         return GPUTarget("cuda", 90, 32)
     return triton.runtime.driver.active.get_current_target()
 
