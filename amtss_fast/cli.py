@@ -159,16 +159,23 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from torch import distributed
-
     from amtss_fast.config import load_config
     from amtss_fast.run import run
 
     folder = run(load_config(options.config, options.overrides), overwrite=options.overwrite, resume=options.resume)
     _show(folder)
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Under torchrun, the end of every process.
+
+    A thread of the group that lets go of a tensor while Python ends is aborted, and the launcher then stops the other
+    processes: all of them are to be through, and those threads idle.
+    """
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized():
-        # Under torchrun. A thread of the group that lets go of a tensor while Python ends is aborted, and the launcher
-        # then stops the other processes: all of them are to be through, and those threads idle.
         distributed.barrier()
         time.sleep(0.2)
         distributed.destroy_process_group()

@@ -105,9 +105,7 @@ def weights(trainer: Any) -> torch.Tensor:
 def run_in_two_processes(folder: Path, code: str) -> None:
     """Runs Python code in two processes of `torch.distributed`; it finds the test modules."""
     script = folder / "in_two_processes.py"
-    # As `amtss-fast train` ends.
-    end = "torch.distributed.barrier()\ntime.sleep(0.2)\ntorch.distributed.destroy_process_group()\n"
-    script.write_text(f"{code}\nimport time, torch.distributed\n{end}")
+    script.write_text(f"{code}\nfrom amtss_fast.cli import leave_process_group\nleave_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
