@@ -3,27 +3,35 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from amtss_fast.adaptive import AdaptiveStrategy
-from amtss_fast.linear import linear_amtss_loss
-from amtss_fast.loss import AMTSSLoss, AMTSSStats, amtss_loss
-from amtss_fast.quantization import QuantizedLogits, QuantizedWeight, quantize_logits, quantize_weight
+from amtss_fast.loss import (
+    AdaptiveStrategy,
+    AMTSSLoss,
+    AMTSSStats,
+    LossOptions,
+    QuantizedLogits,
+    QuantizedWeight,
+    amtss_loss,
+    linear_amtss_loss,
+    quantize_logits,
+    quantize_weight,
+)
 
 if TYPE_CHECKING:
-    from amtss_fast.student import AMTSSConfig, AMTSSForSequenceClassification
-    from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
-    from amtss_fast.trainer import AMTSSTrainer, AMTSSTrainingArguments
+    from amtss_fast.models.student import AMTSSConfig, AMTSSForSequenceClassification
+    from amtss_fast.teachers.teacher import Teacher, TeacherPool, load_teacher
+    from amtss_fast.training.trainer import AMTSSTrainer, AMTSSTrainingArguments
 
 __version__ = "0.1.0"
 
 # The training half stands on transformers, datasets and accelerate: imported when it is first named.
 _TRAINING = {
-    "AMTSSConfig": "student",
-    "AMTSSForSequenceClassification": "student",
-    "AMTSSTrainer": "trainer",
-    "AMTSSTrainingArguments": "trainer",
-    "Teacher": "teachers",
-    "TeacherPool": "teachers",
-    "load_teacher": "teachers",
+    "AMTSSConfig": "models.student",
+    "AMTSSForSequenceClassification": "models.student",
+    "AMTSSTrainer": "training.trainer",
+    "AMTSSTrainingArguments": "training.trainer",
+    "Teacher": "teachers.teacher",
+    "TeacherPool": "teachers.teacher",
+    "load_teacher": "teachers.teacher",
 }
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "AMTSSTrainer",
     "AMTSSTrainingArguments",
     "AdaptiveStrategy",
+    "LossOptions",
     "QuantizedLogits",
     "QuantizedWeight",
     "Teacher",

@@ -30,7 +30,7 @@ from cases import TEMPERATURE, default_device, machine, peak_memory, plain, time
 from torch import Tensor
 
 from amtss_fast import linear_amtss_loss
-from amtss_fast.files import write_atomically
+from amtss_fast._system.files import write_atomically
 
 Row = dict[str, str | int | float]
 

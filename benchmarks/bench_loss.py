@@ -43,7 +43,7 @@ from cases import (
     time_interleaved,
 )
 
-from amtss_fast.files import write_atomically
+from amtss_fast._system.files import write_atomically
 
 Row = dict[str, str | int | float]
 

@@ -38,8 +38,8 @@ from features import sentence_vectors
 from students import INF, Setting, Situation, Students, Variant, fit, statistics
 from torch import Tensor, nn
 
-from amtss_fast.data import load_data
-from amtss_fast.files import write_atomically
+from amtss_fast._system.files import write_atomically
+from amtss_fast.data.load import load_data
 
 BETAS = (0.05, 0.2, 0.5)
 GROUPS = {

@@ -34,9 +34,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from amtss_fast import AMTSSForSequenceClassification, Teacher, load_teacher
-from amtss_fast.data import load_data
-from amtss_fast.files import write_atomically
-from amtss_fast.precision import compare
+from amtss_fast._system.files import write_atomically
+from amtss_fast.data.load import load_data
+from amtss_fast.teachers.precision import compare
 
 ENGINES = (
     "float32",
@@ -191,7 +191,7 @@ def save_model(folder: str, layers: int, vocabulary: int) -> None:
 
 def save_tokenizer(folder: str) -> None:
     """Some tokenizer: the ids of this benchmark are drawn."""
-    from amtss_fast.run import train_tokenizer
+    from amtss_fast.runs.run import train_tokenizer
 
     tokenizer = train_tokenizer(["a b c"], 400)
     tokenizer.model_max_length = 512

@@ -41,13 +41,13 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from amtss_fast import AMTSSTrainer
-from amtss_fast.cache import ROW, CachedTeachers
-from amtss_fast.config import CacheConfig, RunConfig, load_config
-from amtss_fast.data import DistillationCollator
-from amtss_fast.evaluation import evaluate
-from amtss_fast.files import write_atomically
-from amtss_fast.report import STUDENT
-from amtss_fast.run import open_run
+from amtss_fast._system.files import write_atomically
+from amtss_fast.data.load import DistillationCollator
+from amtss_fast.runs.config import CacheConfig, RunConfig, load_config
+from amtss_fast.runs.report import STUDENT
+from amtss_fast.runs.run import open_run
+from amtss_fast.teachers.cache import ROW, CachedTeachers
+from amtss_fast.training.evaluation import evaluate
 
 WAYS = ("plain", "textbrewer", "int8", "cached")
 CONFIG = Path(__file__).with_suffix(".yaml")

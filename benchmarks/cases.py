@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import amtss_fast
-from amtss_fast import _cpu, amtss_loss, cpu
+from amtss_fast import _cpu, amtss_loss
+from amtss_fast.loss.backends import cpu
 
 TEMPERATURE = 2.0
 

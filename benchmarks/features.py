@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from amtss_fast.files import publish
+from amtss_fast._system.files import publish
 
 
 def sentence_vectors(

@@ -27,9 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amtss_fast._triton import common, config, launch
-from amtss_fast.files import write_atomically
-from amtss_fast.ops import Arguments
+from amtss_fast._system.files import write_atomically
+from amtss_fast.loss import LossOptions
+from amtss_fast.loss.backends.triton import common, config, launch
+from amtss_fast.loss.contract import LossInputs
 
 
 class Chip(NamedTuple):
@@ -118,16 +119,14 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
         logits[-1] = _on_device(n_classes, n_rows, logits[-1].dtype).t()
     rows = torch.empty(n_rows)
     scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
-    options: tuple[Any, Any, Any, Any, Any] = (None, None, None, None, torch.tensor(16.0))
+    rest: tuple[Any, Any, Any, Any, Any] = (None, None, None, None, torch.tensor(16.0))
     if call != "loss":
         per_teacher = torch.empty(n_teachers, n_rows)
-        options = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
+        rest = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
     planned: list[launch.Launch]
-    given = Arguments(
-        logits[0], logits[1:], scales, scales, *options, 2.0, "label_margin", 1.0, 1.0,
-        0.0 if call == "loss" else 0.5, 0.1, -100, -1, "mean", True, call != "loss",
-    )  # fmt: skip
-    planned, _ = launch.prepare(given)
+    inputs = LossInputs(logits[0], logits[1:], scales, scales, *rest)
+    options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1)
+    planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
     # Around them a few numbers are written and summed.
     return [p for p in planned if "n_classes" in p.arguments]
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from amtss_fast import ops
+from amtss_fast.loss import registry
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,7 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def available_backends() -> list[str]:
-    return [name for name in ops.BACKENDS if ops.why_missing(name) is None]
+    return [name for name in registry.BACKENDS if registry.why_missing(name) is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

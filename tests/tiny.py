@@ -107,7 +107,9 @@ def run_in_two_processes(folder: Path, code: str) -> None:
     script = folder / "in_two_processes.py"
     script.write_text(f"{code}\nfrom amtss_fast.cli import leave_process_group\nleave_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, [here, *(entry for entry in here.iterdir() if entry.is_dir())]))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
 

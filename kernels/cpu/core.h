@@ -8,6 +8,8 @@ namespace amtss {
 
 enum class Type : int32_t { f32, bf16, f16, codes };
 enum class Weighting : int32_t { label_margin, top2_margin, label_nll };
+// In the order of the enumerators.
+constexpr const char* weighting_names[] = {"label_margin", "top2_margin", "label_nll"};
 
 // Logits [rows, classes]; strides count elements. Codes stand for row_max[row] - step[row] * code, and 255 for -inf.
 struct Matrix {
@@ -18,8 +20,16 @@ struct Matrix {
     const float* step;
 };
 
+// The options of the loss, as in amtss_fast/loss/options.py.
+struct Options {
+    double temperature, weight_temperature;
+    float kd_weight, ce_weight, label_smoothing;
+    Weighting weighting;
+    int64_t ignore_index, unlabeled_index;
+};
+
 // One call. Tensors beside the logits are contiguous; an optional one that is absent is a null pointer.
-struct Problem {
+struct Problem : Options {
     int64_t rows, classes, teachers;
     Matrix student;
     const Matrix* teacher;       // [teachers]
@@ -28,11 +38,6 @@ struct Problem {
     bool prior_per_row;
     const uint8_t* mask;         // [teachers, rows]
     const float* sample_weight;  // [rows]
-
-    double temperature, weight_temperature;
-    float kd_weight, ce_weight, label_smoothing;
-    Weighting weighting;
-    int64_t ignore_index, unlabeled_index;
 
     void* gradient;  // [rows, classes], contiguous, f32 or bf16
     Type gradient_type;

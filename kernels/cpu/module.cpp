@@ -1,11 +1,13 @@
 // The Python module amtss_fast._cpu. Tensors arrive as addresses, which costs a tenth of what arrays cost; the adapter
-// in amtss_fast/cpu.py keeps them alive and has checked them.
+// in amtss_fast/loss/backends/cpu.py keeps them alive and has checked them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -49,14 +51,12 @@ Matrix matrix(const int64_t* m) {
 }
 
 nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matrices, uintptr_t labels, uintptr_t prior,
-                bool prior_per_row, uintptr_t mask, uintptr_t sample_weight, double temperature,
-                double weight_temperature, double kd_weight, double ce_weight, double label_smoothing, int weighting,
-                int64_t ignore_index, int64_t unlabeled_index, double divisor, uintptr_t gradient, int gradient_type,
-                uintptr_t row_loss, uintptr_t weights, uintptr_t margins, uintptr_t kd, uintptr_t student_margin,
-                uintptr_t loss, int threads) {
+                bool prior_per_row, uintptr_t mask, uintptr_t sample_weight, const Options& options, double divisor,
+                uintptr_t gradient, int gradient_type, uintptr_t row_loss, uintptr_t weights, uintptr_t margins,
+                uintptr_t kd, uintptr_t student_margin, uintptr_t loss, int threads) {
     std::vector<Matrix> logits;
     for (size_t i = 0; i + 6 <= matrices.size(); i += 6) logits.push_back(matrix(&matrices[i]));
-    Problem p{};
+    Problem p{options};
     p.rows = rows;
     p.classes = classes;
     p.teachers = int64_t(logits.size()) - 1;
@@ -67,14 +67,6 @@ nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matri
     p.prior_per_row = prior_per_row;
     p.mask = pointer<uint8_t>(mask);
     p.sample_weight = pointer<float>(sample_weight);
-    p.temperature = temperature;
-    p.weight_temperature = weight_temperature;
-    p.kd_weight = float(kd_weight);
-    p.ce_weight = float(ce_weight);
-    p.label_smoothing = float(label_smoothing);
-    p.weighting = Weighting(weighting);
-    p.ignore_index = ignore_index;
-    p.unlabeled_index = unlabeled_index;
     p.gradient = pointer<void>(gradient);
     p.gradient_type = Type(gradient_type);
     p.row_loss = pointer<float>(row_loss);
@@ -89,6 +81,14 @@ nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matri
     }
     if (outcome.fault == Fault::none) return nb::none();
     return nb::make_tuple(int(outcome.fault), outcome.index);
+}
+
+std::string weighting(const Options& options) { return weighting_names[int(options.weighting)]; }
+
+void set_weighting(Options& options, const std::string& name) {
+    const auto* const found = std::find(std::begin(weighting_names), std::end(weighting_names), name);
+    if (found == std::end(weighting_names)) throw nb::value_error(("weighting " + name + " is unknown").c_str());
+    options.weighting = Weighting(found - weighting_names);
 }
 
 // The tensor owns its block, and gives it back when the last reference to its storage is gone.
@@ -107,6 +107,17 @@ NB_MODULE(_cpu, m) {
     m.def("instruction_set", [] { return kernel().name; },
           "The instruction set in use: the best one, or what AMTSS_CPU_ISA names; RuntimeError if the machine lacks that.");
     m.def("instruction_sets", &instruction_sets, "The instruction sets of this machine that the kernels know, best first.");
+    nb::class_<Options>(m, "Options", "The options of the loss, each to be set by its name.")
+        .def(nb::init<>())
+        .def_rw("temperature", &Options::temperature)
+        .def_prop_rw("weighting", &weighting, &set_weighting)
+        .def_rw("weight_temperature", &Options::weight_temperature)
+        .def_rw("kd_weight", &Options::kd_weight)
+        .def_rw("ce_weight", &Options::ce_weight)
+        .def_rw("label_smoothing", &Options::label_smoothing)
+        .def_rw("ignore_index", &Options::ignore_index)
+        .def_rw("unlabeled_index", &Options::unlabeled_index);
+    m.attr("weightings") = std::vector<std::string>(std::begin(weighting_names), std::end(weighting_names));
     m.def("loss", &loss,
           "Loss, gradient and stats, written to the addresses given. Returns None, or (which tensor, index) of a value "
           "that is not allowed: 1 labels, 2 teacher_prior, 3 sample_weight.");

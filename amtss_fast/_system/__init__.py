@@ -1,0 +1,1 @@
+"""Files, memory and processes of the operating system."""

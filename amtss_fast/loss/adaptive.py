@@ -1,0 +1,312 @@
+"""The adaptive strategy: which teachers a language leans on, and which languages deserve more weight.
+
+Running means over training, per teacher k and language l, from the margins m[k, n] of each row that
+:func:`amtss_fast.amtss_loss` returns anyway: M[k, l], the teacher's margin, S[l], the student's, and A[k, l], the
+teacher's share of the rows::
+
+    share of a row       a[k, n] = softmax over k of log alpha[k, l] + m[k, n] / importance_temperature
+    teacher importance   alpha[k, l] = max(floor, A[k, l]), normalised
+    gap                  G[l] = max(0, sum_k alpha[k, l] M[k, l] - S[l])
+    language weight      r[l] ∝ exp(G[l] / gap_temperature), clipped to [1 / max_weight, max_weight]
+
+This is expectation maximisation for the weights of a mixture, a row's evidence for a teacher being
+exp(m / importance_temperature): with `weighting="label_nll"` and temperature 1 alpha maximises the likelihood that the
+mixture sum_k alpha[k, l] p_k gives the labels (Dempster, Laird & Rubin 1977; stacked generalisation, Wolpert 1992).
+A teacher earns importance by the rows in which it is better than the others, not by its mean: of two teachers that know
+half of the classes each, both keep theirs. A starts as if each language had had one row of equal shares.
+
+r averages 1 over the rows seen so far, not over each batch, so that gradient accumulation and several processes are
+exact. The loss takes alpha as `teacher_prior` and r as `sample_weight`.
+
+Source: AMTSS (arXiv 2305.07928) names an adaptive learning strategy and teacher importance weights; its abstract fixes
+no formula, and their use here is this library's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from amtss_fast.loss.contract import AMTSSStats
+
+# exp(-30) is no weight in float32 beside any other: a log-probability of -inf counts as this.
+_LEAST_MARGIN = -30.0
+# Rows of equal shares that stand beside those seen: nothing seen is uniform. Many of them only slow it down.
+_EQUAL_ROWS = 1.0
+# Steps of expectation maximisation over held-out rows.
+_START_STEPS = 50
+
+
+class AdaptiveStrategy:
+    """Teacher importance and language weights of one training; the formulas head this module.
+
+    >>> adaptive = AdaptiveStrategy(n_teachers=3, n_languages=15, importance_temperature=0.1)
+    >>> prior = adaptive.teacher_prior(language_ids)
+    >>> loss, stats = amtss_loss(s, t, labels, teacher_prior=prior, return_stats=True)
+    >>> adaptive.update(stats, language_ids, row_mask=labels >= 0)
+    >>> adaptive.step()  # after each optimiser step
+
+    Args:
+        n_teachers: K.
+        n_languages: L; `language_ids` are in [0, L).
+        importance_temperature: > 0; small goes by which teacher is best in each row, inf is uniform. None: off,
+            importance exactly 1.
+        gap_temperature: > 0; small favours the languages that lag behind, inf is uniform. None: off, weights exactly 1.
+        floor: in [0, 1 / K]: the least share of a teacher before normalisation, so that none starves.
+        max_weight: >= 1, bounds the language weights.
+        memory: rows that a running mean remembers, > 0; the plain mean until then, so that early rows count in full.
+        process_group: whose processes share one state; default: all, where `torch.distributed` is initialised.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        n_teachers: int,
+        n_languages: int,
+        *,
+        importance_temperature: float | None = None,
+        gap_temperature: float | None = None,
+        floor: float = 0.01,
+        max_weight: float = 2.0,
+        memory: float = 4096.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        for name, number in (("n_teachers", n_teachers), ("n_languages", n_languages)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        check_adaptive_options(importance_temperature, gap_temperature)
+        if not 0 <= floor <= 1 / n_teachers:
+            raise ValueError(f"floor must be in [0, 1 / {n_teachers}] for {n_teachers} teachers, got {floor}")
+        if not 1 <= max_weight < math.inf:
+            raise ValueError(f"max_weight must be finite and at least 1, got {max_weight}")
+        if not memory > 0:
+            raise ValueError(f"memory must be above 0, got {memory}")
+        self.n_teachers = n_teachers
+        self.n_languages = n_languages
+        self.importance_temperature = importance_temperature
+        self.gap_temperature = gap_temperature
+        self.floor = floor
+        self.max_weight = max_weight
+        self.memory = memory
+        self.process_group = process_group
+        self._shares = torch.zeros(n_teachers, n_languages)
+        # K teachers, then the student: means of margins, and the rows that they stand on, at most `memory`.
+        self._means = torch.zeros(n_teachers + 1, n_languages)
+        self._counts = torch.zeros(n_teachers + 1, n_languages)
+        # Rows of each language since the start; float32 stops counting at 2**24.
+        self._rows = torch.zeros(n_languages, dtype=torch.float64)
+        # Sums since the last step: margins of teachers and student, their numbers of rows, shares of the teachers.
+        self._pending: Tensor | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self,
+        stats: AMTSSStats,
+        language_ids: Tensor,
+        *,
+        teacher_mask: Tensor | None = None,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        """Notes a batch; it counts from the next :meth:`step` on. Nothing here waits for the device.
+
+        Args:
+            stats: of the loss.
+            language_ids: [N] int64.
+            teacher_mask: [K, N] bool, the one that the loss had.
+            row_mask: [N] bool, the rows that count. Leave out rows without a label where others have one: their
+                margins are only how sure a teacher is, which a wrong teacher is too.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        margins = torch.cat([stats.margins, stats.student_margin.unsqueeze(0)])
+        self._note(*self._rows_of(margins, language_ids, teacher_mask, row_mask))
+
+    def start(
+        self,
+        margins: Tensor,
+        language_ids: Tensor,
+        *,
+        teacher_mask: Tensor | None = None,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        """Takes margins [K, N] of held-out rows as the teachers' first running means; the shares are iterated until
+        they stay as they are. Give all rows in one call, in one process; :meth:`step` tells the others.
+        """
+        padded = torch.cat([margins, margins.new_zeros(1, margins.shape[-1])]) if margins.dim() == 2 else margins
+        values, counts, one_hot = self._rows_of(padded, language_ids, teacher_mask, row_mask)
+        counts[-1] = False
+        alpha = self._teacher_weights().to(values.device)
+        rows = counts[:-1].float() @ one_hot
+        for _ in range(_START_STEPS):
+            shares = self._shares_of_rows(values, counts, one_hot, alpha)
+            alpha = self._normalised(shares @ one_hot, rows)
+        self._note(values, counts, one_hot, alpha)
+
+    def step(self) -> None:
+        """Takes in what :meth:`update` noted, over all processes; call it in each of them after an optimiser step."""
+        device = self._means.device if self._pending is None else self._pending.device
+        shape = (3 * self.n_teachers + 2, self.n_languages)
+        pending = torch.zeros(shape, device=device) if self._pending is None else self._pending
+        self._pending = None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(pending, group=self.process_group)
+        sums, counts, shares = pending.split([self.n_teachers + 1, self.n_teachers + 1, self.n_teachers])
+        self._to(device)
+        total = self._counts + counts
+        means = (self._means * self._counts + sums) / total.clamp(min=1)
+        self._means = torch.where(counts > 0, means, self._means)
+        self._shares = (self._shares * self._counts[:-1] + shares) / total[:-1].clamp(min=1)
+        self._counts = total.clamp(max=self.memory)
+        self._rows = self._rows + counts[-1]
+        self._cache = None
+
+    def teacher_prior(self, language_ids: Tensor) -> Tensor:
+        """[K, N]: the importance of each teacher in the language of each row; ones when it is off."""
+        return self.importance.to(language_ids.device)[:, language_ids]
+
+    def sample_weight(self, language_ids: Tensor) -> Tensor:
+        """[N]: the weight of the language of each row; ones when it is off."""
+        return self.language_weight.to(language_ids.device)[language_ids]
+
+    @property
+    def teacher_margin(self) -> Tensor:
+        """[K, L] running mean of the teachers' margins; 0 where :attr:`teacher_rows` is 0."""
+        return self._means[:-1]
+
+    @property
+    def teacher_rows(self) -> Tensor:
+        """[K, L] rows that the teachers' means stand on, at most `memory`."""
+        return self._counts[:-1]
+
+    @property
+    def student_margin(self) -> Tensor:
+        """[L] running mean of the student's margin."""
+        return self._means[-1]
+
+    @property
+    def importance(self) -> Tensor:
+        """[K, L] alpha; each column adds up to 1, or is all ones when it is off."""
+        return self._weights()[0]
+
+    @property
+    def language_weight(self) -> Tensor:
+        """[L] r; exactly ones when it is off."""
+        return self._weights()[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`means` and `counts` [K + 1, L] (teachers, then the student), `shares` [K, L] and `rows` [L], on the CPU."""
+        state = {"means": self._means, "counts": self._counts, "shares": self._shares, "rows": self._rows}
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a :meth:`state_dict`; options are not part of it.
+
+        Raises:
+            ValueError: other names, or another number of teachers or languages.
+        """
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise ValueError(f"state must hold {sorted(own)}, got {sorted(state)}")
+        for name, value in own.items():
+            if state[name].shape != value.shape:
+                raise ValueError(
+                    f"state[{name!r}] has shape {list(state[name].shape)}, {self.n_teachers} teachers and "
+                    f"{self.n_languages} languages need {list(value.shape)}"
+                )
+        self._means, self._counts, self._shares, self._rows = (
+            state[name].to(self._means.device, own[name].dtype, copy=True) for name in own
+        )
+        self._pending = self._cache = None
+
+    def _rows_of(
+        self, margins: Tensor, language_ids: Tensor, teacher_mask: Tensor | None, row_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Margins [K + 1, N], 0 where they do not count; which count [K + 1, N]; the languages one-hot [N, L]."""
+        n_rows = len(language_ids)
+        if margins.shape != (self.n_teachers + 1, n_rows):
+            raise ValueError(
+                f"margins of {self.n_teachers} teachers and {n_rows} rows (language_ids) must be "
+                f"[{self.n_teachers}, {n_rows}], got {[max(0, margins.shape[0] - 1), *margins.shape[1:]]}"
+            )
+        counts = torch.ones_like(margins, dtype=torch.bool)
+        if teacher_mask is not None:
+            counts[:-1] &= _shaped("teacher_mask", teacher_mask, (self.n_teachers, n_rows))
+        if row_mask is not None:
+            counts &= _shaped("row_mask", row_mask, (n_rows,))
+        # A product with one-hot rows adds up in a fixed order, which index_add_ on a GPU does not.
+        one_hot = torch.nn.functional.one_hot(language_ids, self.n_languages).to(torch.float32)
+        return margins.detach().float().clamp(min=_LEAST_MARGIN).where(counts, 0.0), counts, one_hot
+
+    def _note(self, values: Tensor, counts: Tensor, one_hot: Tensor, alpha: Tensor | None = None) -> None:
+        alpha = self._teacher_weights().to(values.device) if alpha is None else alpha
+        shares = self._shares_of_rows(values, counts, one_hot, alpha)
+        sums = torch.cat([values, counts.float(), shares]) @ one_hot
+        self._pending = sums if self._pending is None else self._pending + sums
+
+    def _shares_of_rows(self, values: Tensor, counts: Tensor, one_hot: Tensor, alpha: Tensor) -> Tensor:
+        """[K, N]: each teacher's share of the rows; those of a row add up to 1 over the teachers that count."""
+        temperature = math.inf if self.importance_temperature is None else self.importance_temperature
+        evidence = alpha.log() @ one_hot.T + values[:-1] / temperature
+        return torch.where(counts[:-1], evidence.where(counts[:-1], -math.inf).softmax(0), 0.0)
+
+    def _normalised(self, shares: Tensor, rows: Tensor) -> Tensor:
+        """[K, L] alpha from sums of shares and numbers of rows."""
+        alpha = ((shares + _EQUAL_ROWS / self.n_teachers) / (rows + _EQUAL_ROWS)).clamp(min=self.floor)
+        return alpha / alpha.sum(0)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        if self._cache is None:
+            alpha = self._teacher_weights()
+            off = self.importance_temperature is None
+            self._cache = (torch.ones_like(alpha) if off else alpha, self._language_weights(alpha))
+        return self._cache
+
+    def _teacher_weights(self) -> Tensor:
+        """[K, L] alpha, uniform when it is off."""
+        if self.importance_temperature is None:
+            return torch.full_like(self._shares, 1 / self.n_teachers)
+        return self._normalised(self._shares * self.teacher_rows, self.teacher_rows)
+
+    def _language_weights(self, alpha: Tensor) -> Tensor:
+        ones = torch.ones_like(self._means[-1])
+        if self.gap_temperature is None:
+            return ones
+        # A teacher that does not teach a language has no part in its gap.
+        alpha = alpha * (self.teacher_rows > 0)
+        alpha = alpha / alpha.sum(0).clamp(min=1e-30)
+        gap = ((alpha * self.teacher_margin).sum(0) - self.student_margin).clamp(min=0)
+        # Languages of which nothing is known have weight 1 and no part in the mean.
+        known = (self._counts[-1] > 0) & (self.teacher_rows > 0).any(0)
+        rows = (self._rows * known).float()
+        weight = ((gap - gap.max()) / self.gap_temperature).exp()
+        for _ in range(2):
+            weight = weight * rows.sum() / (weight * rows).sum().clamp(min=1e-30)
+            weight = weight.clamp(1 / self.max_weight, self.max_weight)
+        weight = weight * rows.sum() / (weight * rows).sum().clamp(min=1e-30)
+        return torch.where(known, weight, ones)
+
+    def _to(self, device: torch.device) -> None:
+        self._means, self._counts, self._shares, self._rows = (
+            t.to(device) for t in (self._means, self._counts, self._shares, self._rows)
+        )
+
+
+def check_adaptive_options(importance_temperature: float | None, gap_temperature: float | None) -> None:
+    """Raise ValueError for a temperature that is not above 0."""
+    for name, value in (("importance_temperature", importance_temperature), ("gap_temperature", gap_temperature)):
+        # Written so that NaN is wrong too.
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0 (inf: uniform), or None for off; got {value}")
+
+
+def _shaped(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    return mask

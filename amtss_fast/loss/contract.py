@@ -1,0 +1,99 @@
+"""What a backend of the loss is given and what it gives back; the ground floor of this package.
+
+A backend is a module that satisfies :class:`Backend`. It imports nothing of this package but this file, `options`,
+`checks` and `logits`; :mod:`amtss_fast.loss.registry` finds it and :mod:`amtss_fast.loss.ops` calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from amtss_fast.loss.options import LossOptions
+
+
+class LossInputs(NamedTuple):
+    """The tensors of one call, N rows, C classes, K teachers. Shapes, dtypes and devices have been checked."""
+
+    student_logits: Tensor
+    """[N, C] floating, any strides."""
+    teacher_logits: list[Tensor]
+    """K of [N, C], any strides: floating, or uint8 codes where the scales below are given."""
+    teacher_row_max: list[Tensor | None]
+    """K of [N] float32, None for a teacher without codes; an empty list where no teacher has codes."""
+    teacher_step: list[Tensor | None]
+    """As `teacher_row_max`: logit = row_max - step * code, -inf for code 255."""
+    labels: Tensor | None
+    """[N] int64."""
+    teacher_prior: Tensor | None
+    """[K] or [K, N] float32 or float64, >= 0."""
+    teacher_mask: Tensor | None
+    """[K, N] bool."""
+    sample_weight: Tensor | None
+    """[N] float32 or float64, >= 0."""
+    num_items: Tensor | None
+    """[] what divides the sum of a mean; None: the number of rows that count, at least 1."""
+
+
+class AMTSSStats(NamedTuple):
+    """What the loss saw, detached, in float32 (float64 for float64 logits). Rows that are ignored hold 0."""
+
+    weights: Tensor
+    """[K, N] importance of each teacher in each row; the weights of a row add up to 1 (0 without a teacher)."""
+    margins: Tensor
+    """[K, N] margin of each teacher; 0 where it does not teach."""
+    kd: Tensor
+    """[K, N] each teacher's own KL(p_k || q) in nats, without the factor temperature²; 0 where it does not teach."""
+    student_margin: Tensor
+    """[N] the student's margin of the same kind, at the same temperature."""
+
+
+class LossOutputs(NamedTuple):
+    """What a backend computes."""
+
+    loss: Tensor
+    """[], or [N] with reduction="none", in `accumulation_dtype`."""
+    grad: Tensor | None
+    """[N, C] contiguous, in `gradient_dtype`, of the reduced loss; None where it was not asked for."""
+    stats: AMTSSStats | None
+    """None where they were not asked for."""
+
+
+class Backend(Protocol):
+    """A module that computes the loss. Its formulas are those of :func:`amtss_fast.amtss_loss`."""
+
+    @property
+    def CHECKS_VALUES(self) -> bool:
+        """Whether `amtss_loss` itself raises for values that are not allowed; if not, the operator looks at them."""
+
+    @property
+    def scale_gradient(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """`scale_gradient(grad, factor, out)`: `grad` times the 0-d `factor`, written to `out`, which may be `grad`.
+
+        It does not wait for the device to learn the factor. None: the operator multiplies.
+        """
+
+    def why_missing(self) -> str | None:
+        """Why this machine cannot run the backend; None if it can."""
+
+    def why_not(self, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
+        """Why the backend cannot run these tensors; None if it can."""
+
+    def amtss_loss(self, inputs: LossInputs, options: LossOptions, *, need_grad: bool, need_stats: bool) -> LossOutputs:
+        """Loss, gradient and stats. Gives new tensors, none of them an input, and the same bits for the same inputs."""
+
+
+def accumulation_dtype(student_logits: Tensor) -> torch.dtype:
+    """The dtype of sums, loss and stats: float32, or float64 where the student's logits are."""
+    return torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(student_logits: Tensor) -> torch.dtype:
+    """The dtype of the saved gradient: the student's, but float32 for float16.
+
+    A mean over many rows underflows in float16 before the factor of a GradScaler reaches it in the backward pass.
+    """
+    return torch.float32 if student_logits.dtype == torch.float16 else student_logits.dtype

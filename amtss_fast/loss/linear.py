@@ -1,0 +1,183 @@
+"""The public loss from hidden states and heads, `linear_amtss_loss`: no logits are ever held beyond a chunk of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from amtss_fast.loss import linear_ops
+from amtss_fast.loss.checks import as_num_items, check_rows, check_special_labels, check_tensor
+from amtss_fast.loss.logits import QuantizedWeight
+from amtss_fast.loss.options import LossKeywords, make_options, shows_options
+
+TeacherWeight: TypeAlias = Tensor | QuantizedWeight | Sequence[Tensor | QuantizedWeight]
+
+
+@shows_options
+def linear_amtss_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: TeacherWeight,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Sequence[Tensor | None] | Tensor | None = None,
+    chunk_rows: int | None = None,
+    teacher_prior: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+    **options: Unpack[LossKeywords],
+) -> Any:
+    """:func:`amtss_loss` of the logits hidden @ weight.T + bias, which exist for a chunk of rows at a time.
+
+    For the heads of language models: 2,048 tokens of three teachers and a student over 250,002 classes are 8 GB of
+    logits, here 0.3. The loss, the stats and the gradients of `student_hidden`, `student_weight` and `student_bias` are
+    those of :func:`amtss_loss` after the products; only what requires a gradient gets one, and the head's is summed in
+    float32. Rows with the label `ignore_index` are left out of the products, and on the CPU so are, for each teacher,
+    the rows that it does not teach.
+
+    Args:
+        student_hidden: [N, H] float32, bfloat16, float16 or float64 (float64: reference backend only); N rows are
+            tokens.
+        student_weight: [C, H] floating, the head; it may be the embedding.
+        teacher_hidden: [K, N, H], or a sequence of K tensors [N, H_k], each of its own width and floating dtype.
+        teacher_weight: [K, C, H], or a sequence of K heads [C_k, H_k]: floating tensors, or
+            :class:`~amtss_fast.QuantizedWeight` (approximate). Classes are those of the student: the ones that a
+            teacher lacks are -inf to it, the ones beyond the student's (padding of the vocabulary) are left out.
+        labels: [N] int64, or None for a batch without labels.
+        student_bias: [C] floating, or None.
+        teacher_bias: None, or for each teacher [C_k] floating or None.
+        chunk_rows: rows whose logits are held at a time, (K + 2) C numbers each. None: as many as fit into 128 MiB, but
+            64 at least (1 GiB and 128 rows on an accelerator).
+        temperature, weighting, weight_temperature, teacher_prior, teacher_mask, sample_weight, kd_weight, ce_weight,
+            label_smoothing, ignore_index, unlabeled_index, reduction, num_items, return_stats, backend: as of
+            :func:`amtss_loss`. With reduction="none" the backward pass computes the logits a second time.
+
+    On the CPU products are float32 whatever the dtype of hidden states and heads (float64 for float64), the latter
+    converted by blocks. On an accelerator they run in the dtype of the hidden states, gradients are summed in float32
+    all the same, and knowing which rows are ignored waits for the device once. The same call gives the same bits;
+    another number of threads may give others, as in any matrix product.
+
+    Returns, infinities, NaN: as of :func:`amtss_loss`.
+
+    Raises:
+        ValueError, TypeError: wrong rank, shape, dtype or value of an argument, named in the message.
+        RuntimeError: tensors on different devices, or a backend that is missing or cannot run them.
+    """
+    chosen = make_options(options)
+    _check_matrix("student_hidden", student_hidden, student_hidden)
+    _check_matrix("student_weight", student_weight, student_hidden)
+    (n_rows, width), n_classes, device = student_hidden.shape, len(student_weight), student_hidden.device
+    if student_weight.shape[1] != width:
+        raise ValueError(
+            f"student_weight has shape {list(student_weight.shape)}, student_hidden {list(student_hidden.shape)}: "
+            "both must have H columns"
+        )
+    if n_classes < 2:
+        raise ValueError(f"student_weight must have at least 2 classes, got C = {n_classes}")
+    _check_bias("student_bias", student_bias, n_classes, device)
+    hidden, weight, scale, bias = teachers = _unpack(teacher_hidden, teacher_weight, teacher_bias)
+    for k in range(len(hidden)):
+        _check_matrix(f"teacher_hidden[{k}]", hidden[k], student_hidden)
+        _check_matrix(f"teacher_weight[{k}]", weight[k], student_hidden, quantized=scale[k] is not None)
+        if len(hidden[k]) != n_rows:
+            raise ValueError(f"teacher_hidden[{k}] has {len(hidden[k])} rows, student_hidden {n_rows}")
+        if weight[k].shape[1] != hidden[k].shape[1]:
+            raise ValueError(
+                f"teacher_weight[{k}] has shape {list(weight[k].shape)}, teacher_hidden[{k}] "
+                f"{list(hidden[k].shape)}: both must have H_k columns"
+            )
+        if len(weight[k]) == 0:
+            raise ValueError(f"teacher_weight[{k}] must have at least 1 class, got shape {list(weight[k].shape)}")
+        _check_bias(f"teacher_weight[{k}].scale", scale[k], len(weight[k]), device)
+        _check_bias(f"teacher_bias[{k}]", bias[k], len(weight[k]), device)
+    teacher_prior, sample_weight = check_rows(
+        "student_hidden", labels, teacher_prior, teacher_mask, sample_weight, n_rows, len(hidden), device
+    )
+    check_special_labels(chosen, n_classes)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+
+    inputs = linear_ops.LinearInputs(
+        student_hidden,
+        student_weight,
+        student_bias,
+        *teachers,
+        labels,
+        teacher_prior,
+        teacher_mask,
+        sample_weight,
+        as_num_items(num_items, chosen.reduction, device),
+    )
+    loss, stats = linear_ops.run(inputs, chosen, chunk_rows=chunk_rows, need_stats=return_stats, backend=backend)
+    return (loss, stats) if return_stats else loss
+
+
+_Teachers = tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None]]
+
+
+def _unpack(
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: TeacherWeight,
+    teacher_bias: Sequence[Tensor | None] | Tensor | None,
+) -> _Teachers:
+    """K hidden states, heads (or their codes), scales of codes, biases; without gradient."""
+    hidden = _sequence("teacher_hidden", teacher_hidden, 3)
+    weight = _sequence("teacher_weight", teacher_weight, 3)
+    bias = [None] * len(hidden) if teacher_bias is None else _sequence("teacher_bias", teacher_bias, 2)
+    if not hidden:
+        raise ValueError("teacher_hidden must hold at least one teacher, got none")
+    for name, values in (("teacher_weight", weight), ("teacher_bias", bias)):
+        if len(values) != len(hidden):
+            raise ValueError(f"{name} must hold one entry for each of {len(hidden)} teachers, got {len(values)}")
+    scale = [w.scale if isinstance(w, QuantizedWeight) else None for w in weight]
+    weight = [w.codes if isinstance(w, QuantizedWeight) else w for w in weight]
+    return _detached(hidden), _detached(weight), scale, _detached(bias)
+
+
+def _sequence(name: str, value: Any, stacked: int) -> list[Any]:
+    if isinstance(value, Tensor):
+        if value.dim() != stacked:
+            raise ValueError(
+                f"{name} must be a sequence with one entry for each teacher or one tensor of {stacked} dimensions, "
+                f"got shape {list(value.shape)}"
+            )
+        return list(value.unbind(0))
+    if isinstance(value, QuantizedWeight):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
+    return list(value)
+
+
+def _detached(values: list[Any]) -> list[Any]:
+    return [value.detach() if isinstance(value, Tensor) else value for value in values]
+
+
+def _check_matrix(name: str, matrix: Any, student_hidden: Tensor, quantized: bool = False) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(matrix).__name__}")
+    if matrix.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {list(matrix.shape)}")
+    if quantized and matrix.dtype != torch.int8:
+        raise TypeError(f"{name}.codes must be int8, got {matrix.dtype}")
+    if not quantized and not matrix.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {matrix.dtype}")
+    if matrix.device != student_hidden.device:
+        raise RuntimeError(f"{name} is on {matrix.device}, student_hidden on {student_hidden.device}: move one of them")
+
+
+def _check_bias(name: str, bias: Tensor | None, n_classes: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    check_tensor(name, bias, "student_hidden", device, [(n_classes,)])
+    if not bias.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {bias.dtype}")

@@ -1,0 +1,167 @@
+"""The operator behind the public loss: its schema, its fake kernel and its gradient.
+
+`torch.ops.amtss_fast.amtss_loss` computes the loss and, in the same pass, its gradient with respect to the student's
+logits. It is functional and opaque to `torch.compile`: what depends on the values of a tensor (labels in range, weights
+not negative) and on the machine (which backend it has) is decided inside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from amtss_fast._compat.torch import backward_keeps_graph, dispatcher_is_watched
+from amtss_fast.loss.checks import check_values, values_are_free
+from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, accumulation_dtype, gradient_dtype
+from amtss_fast.loss.options import OPTION_NAMES, LossOptions
+from amtss_fast.loss.registry import best_backend, choose_backend
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
+    float: "float",
+    int: "int",
+}
+
+
+def schema_of(record: type) -> str:
+    """The fields of a record as arguments in an operator's schema."""
+    hints = get_type_hints(record)
+    return ", ".join(
+        f"{'str' if get_origin(kind) is Literal else _SCHEMA_TYPES[kind]} {name}" for name, kind in hints.items()
+    )
+
+
+_SCHEMA = f"""amtss_loss(
+    {schema_of(LossInputs)}, {schema_of(LossOptions)}, bool need_grad, bool need_stats, str? backend
+) -> (Tensor loss, Tensor grad, Tensor weights, Tensor margins, Tensor kd, Tensor student_margin)"""
+_N_INPUTS, _N_OPTIONS = len(LossInputs._fields), len(OPTION_NAMES)
+
+
+def _compute(
+    inputs: LossInputs, options: LossOptions, need_grad: bool, need_stats: bool, backend: str | None
+) -> LossOutputs:
+    chosen = choose_backend(backend, inputs.student_logits, inputs.teacher_logits)
+    if not chosen.CHECKS_VALUES and values_are_free(inputs.student_logits):
+        check_values(inputs, options)
+    return chosen.amtss_loss(inputs, options, need_grad=need_grad, need_stats=need_stats)
+
+
+def _amtss_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = LossInputs(*arguments[:_N_INPUTS])
+    options = LossOptions(*arguments[_N_INPUTS : _N_INPUTS + _N_OPTIONS])
+    loss, grad, stats = _compute(inputs, options, *arguments[_N_INPUTS + _N_OPTIONS :])
+    # An operator has as many outputs at every call, and no two of them may be the same tensor.
+    empty = loss.new_empty
+    if grad is None:
+        grad = empty(0, dtype=gradient_dtype(inputs.student_logits))
+    return loss, grad, *(stats or [empty(0) for _ in AMTSSStats._fields])
+
+
+def _amtss_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    student_logits, teacher_logits = arguments[:2]
+    options = dict(zip(OPTION_NAMES, arguments[_N_INPUTS:], strict=False))
+    need_grad, need_stats, _ = arguments[_N_INPUTS + _N_OPTIONS :]
+    n_rows, n_classes = student_logits.shape
+    new = functools.partial(student_logits.new_empty, dtype=accumulation_dtype(student_logits))
+    return (
+        new(n_rows if options["reduction"] == "none" else ()),
+        student_logits.new_empty((n_rows, n_classes) if need_grad else (0,), dtype=gradient_dtype(student_logits)),
+        *empty_stats(new, len(teacher_logits), n_rows, need_stats),
+    )
+
+
+def empty_stats(new: Any, n_teachers: int, n_rows: int, needed: bool) -> AMTSSStats:
+    """Memory for the stats from `new(shape)`; empty where they are not needed."""
+    per_teacher = (n_teachers, n_rows) if needed else (0,)
+    return AMTSSStats(new(per_teacher), new(per_teacher), new(per_teacher), new(n_rows if needed else 0))
+
+
+_library = torch.library.Library("amtss_fast", "DEF")
+_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+# One implementation for every device: the backend is an argument, not a dispatch key.
+_library.impl("amtss_loss", _amtss_loss, "CompositeExplicitAutograd")
+torch.library.register_fake("amtss_fast::amtss_loss", _amtss_loss_fake, lib=_library)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """The loss, with the gradient that was computed beside it; backward only scales that."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, computed: tuple[Tensor, Tensor]) -> Tensor:
+        # In a tuple: what torch sees as an input could not be passed on without a copy, because the caller may change
+        # its loss in place.
+        loss, grad = computed
+        ctx.save_for_backward(grad)
+        ctx.student_dtype = student_logits.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        # `once_differentiable` would pass a constant on where grad_loss itself needs no gradient.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("amtss_loss has no second derivative: call backward without create_graph=True")
+        (grad,) = ctx.saved_tensors
+        return scale_saved_gradient(grad, grad_loss, ctx.student_dtype), None
+
+
+def scale_saved_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """Grad [N, C] times grad_loss ([] or [N]), without a second [N, C] buffer where that is safe."""
+    if torch.compiler.is_compiling():
+        return (grad * _factor(grad, grad_loss)).to(dtype)
+    one_factor = grad_loss.dim() == 0
+    if one_factor and grad_loss.device.type == "cpu" and dtype == grad.dtype and grad_loss.item() == 1.0:
+        return grad
+    # With retain_graph the saved gradient is needed again.
+    fresh = dtype != grad.dtype or backward_keeps_graph()
+    scale_gradient = best_backend(grad.device).scale_gradient if one_factor and grad.dtype != torch.float64 else None
+    if scale_gradient is not None:
+        return scale_gradient(grad, grad_loss, torch.empty_like(grad, dtype=dtype) if fresh else grad)
+    factor = _factor(grad, grad_loss)
+    return (grad * factor).to(dtype) if fresh else grad.mul_(factor)
+
+
+def _factor(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    factor = grad_loss.to(grad.dtype)
+    return factor if factor.dim() == 0 else factor.unsqueeze(-1)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _dispatcher_is_needed(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> bool:
+    """Whether a compiler or anything else wants to see the operator, or a tensor is of a subclass.
+
+    Otherwise it is called directly: on small batches the dispatcher would cost more than the kernel.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(student_logits) not in _PLAIN
+        or any(type(teacher) not in _PLAIN for teacher in teacher_logits)
+        or dispatcher_is_watched()
+    )
+
+
+def run(
+    inputs: LossInputs, options: LossOptions, *, need_stats: bool, backend: str | None
+) -> tuple[Tensor, AMTSSStats | None]:
+    """The loss, with a gradient where the student's logits need one, and with `need_stats` the stats."""
+    student_logits = inputs.student_logits
+    need_grad = torch.is_grad_enabled() and student_logits.requires_grad
+    with torch.no_grad():
+        if _dispatcher_is_needed(student_logits, inputs.teacher_logits):
+            loss, grad, *parts = torch.ops.amtss_fast.amtss_loss(
+                *inputs, *options.values(), need_grad, need_stats, backend
+            )
+            stats = AMTSSStats(*parts) if need_stats else None
+        else:
+            loss, grad, stats = _compute(inputs, options, need_grad, need_stats, backend)
+    if need_grad:
+        loss = _AttachGradient.apply(student_logits, (loss, grad))
+    return loss, stats

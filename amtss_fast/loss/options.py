@@ -1,0 +1,125 @@
+"""The options of the loss. Each is written here once: its default, its range and its help.
+
+The public functions take them as keywords, everything below passes one :class:`LossOptions`. The operators' schemas and
+the training arguments are made from its fields, and a test holds the C++ struct against them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
+
+import torch
+
+Weighting: TypeAlias = Literal["label_margin", "top2_margin", "label_nll"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+
+IGNORE_INDEX = -100
+"""The label of rows that are dropped, as in torch and transformers."""
+UNLABELED_INDEX = -1
+"""The label of rows that have none: they are distilled all the same."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class LossKeywords(TypedDict, total=False):
+    """The fields of :class:`LossOptions` as keywords of a public function; a test holds the two together."""
+
+    temperature: float
+    weighting: Weighting
+    weight_temperature: float
+    kd_weight: float
+    ce_weight: float
+    label_smoothing: float
+    ignore_index: int
+    unlabeled_index: int
+    reduction: Reduction
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What :func:`amtss_fast.amtss_loss` computes, apart from its tensors; checked when it is made.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = field(default=2.0, metadata={"help": "Temperature of student and teachers, > 0."})
+    weighting: Weighting = field(default="label_margin", metadata={"help": "Margin that weighs the teachers."})
+    weight_temperature: float = field(
+        default=1.0, metadata={"help": "In [0, inf]: 0 takes the max-margin teacher alone, inf ignores margins."}
+    )
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the distillation term, >= 0."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the labels' cross entropy, >= 0."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Of the cross entropy, in [0, 1)."})
+    ignore_index: int = field(default=IGNORE_INDEX, metadata={"help": "The label of rows that are dropped."})
+    unlabeled_index: int = field(default=UNLABELED_INDEX, metadata={"help": "The label of rows that have none."})
+    reduction: Reduction = field(default="mean", metadata={"help": 'Over the rows: "mean", "sum" or "none".'})
+
+    def __post_init__(self) -> None:
+        for name in _FLOATS:
+            value = getattr(self, name)
+            if not isinstance(value, (float, int, numbers.Real)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        for name in ("ignore_index", "unlabeled_index"):
+            if not isinstance(getattr(self, name), (int, numbers.Integral)):
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
+        # Written so that NaN is wrong too.
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
+        if not self.weight_temperature >= 0:
+            raise ValueError(f"weight_temperature must be in [0, inf], got {self.weight_temperature}")
+        for name in ("kd_weight", "ce_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if self.kd_weight == 0 and self.ce_weight == 0:
+            raise ValueError("kd_weight and ce_weight must not both be 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
+        if self.ignore_index == self.unlabeled_index:
+            raise ValueError(f"ignore_index and unlabeled_index must differ, both are {self.ignore_index}")
+
+    def keywords(self) -> LossKeywords:
+        """The fields by name, as the public functions take them."""
+        return LossKeywords(**{name: getattr(self, name) for name in OPTION_NAMES})  # type: ignore[typeddict-item]
+
+    def values(self) -> tuple[Any, ...]:
+        """The fields in order, as the operators take them."""
+        return tuple([getattr(self, name) for name in OPTION_NAMES])
+
+
+OPTION_NAMES: tuple[str, ...] = tuple(f.name for f in fields(LossOptions))
+_FLOATS = tuple(f.name for f in fields(LossOptions) if f.type == "float")
+
+_remembered = functools.lru_cache(maxsize=1024)(LossOptions)
+
+
+def make_options(keywords: LossKeywords) -> LossOptions:
+    """The options of a call. In a loop they are the same at each step: checked once, then remembered."""
+    return LossOptions(**keywords) if torch.compiler.is_compiling() else _remembered(**keywords)
+
+
+def shows_options(function: _Function) -> _Function:
+    """Lets `inspect.signature` and `help` show the options in the place of the `**options` that `function` takes."""
+    signature = inspect.signature(function)
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(LossOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return function

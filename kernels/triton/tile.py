@@ -1,0 +1,150 @@
+"""Rows that fit on chip: each logit is loaded once, and one launch gives loss, gradient and statistics.
+
+A program holds ROWS rows of the student and of one teacher at a time; the mixture of the teachers' probabilities is
+carried in registers while the softmax over the teachers runs. With many rows of few classes this is the regime of
+classification, with one row it serves up to some thousand classes.
+"""
+
+import triton.language as tl
+
+from .common import (
+    LN2,
+    across,
+    admit,
+    columns_of,
+    kernel,
+    load_tile,
+    locate_teacher,
+    margin_of,
+    place_tile,
+    read_prior,
+    read_row_inputs,
+    read_scales,
+    stand_out,
+    store_tile,
+)
+from .total import read_divisor
+
+
+@kernel
+def fused_tile(
+    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
+    scales, labels, prior, sample_weight, divisor,
+    row_loss, grad, weights, margins, kd, student_margin,
+    row_stride: tl.int64, class_stride: tl.int64,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
+    prior_stride_k: tl.int64, prior_stride_n: tl.int64,
+    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, ignore_index: tl.int64, unlabeled_index: tl.int64,
+    exponent: tl.float32, temperature: tl.float32, sharpness: tl.float32,
+    kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
+    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
+):  # fmt: skip
+    teachers = (
+        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
+        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
+    )  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    tile = place_tile(student, first, 0, row_stride, n_rows, n_classes, GROUP, ROWS, CLASSES)
+    _, _, rows, _, _, _ = tile
+    counts, target, invalid, weight = read_row_inputs(
+        labels, sample_weight, rows, n_rows, n_classes, ignore_index, unlabeled_index
+    )
+    compared = target
+    if WEIGHTING == "top2_margin":
+        compared = target * 0 - 1
+
+    source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
+    s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
+    start_s = start
+    if student_margin is not None:
+        top, own, rest = stand_out(s, start, compared)
+    else:
+        top = tl.max(s, 0)
+    b = (s - across(top)) * exponent
+    total_s = tl.sum(tl.exp2(b), 0)
+    log_total_s = tl.log2(total_s)
+    if student_margin is not None:
+        margin = margin_of(own, rest, top, total_s, 1 / total_s, exponent, WEIGHTING)
+        tl.store(student_margin + rows, tl.where(counts, margin, 0.0), rows < n_rows)
+
+    mass = (rows * 0).to(tl.float32)
+    best = mass - float("inf")
+    divergence = mass
+    mixture = tl.zeros(s.shape, tl.float32)
+    ks = tl.arange(0, TEACHERS) if ROWS == 1 else tl.arange(0, TEACHERS)[:, None]
+    shares = tl.zeros(ks.shape, tl.float32) * across(mass)
+    for k in range(n_teachers):
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, rows, counts)
+        row_max, step = read_scales(scales, k, rows, counts, n_rows, n_teachers)
+        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
+        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
+        top_t, own, rest = stand_out(t, start, compared)
+        a = (t - across(top_t)) * exponent
+        e = tl.exp2(a)
+        total = tl.sum(e, 0)
+        part = 1 / total
+        # 0 log 0 is 0, also where the student is -inf.
+        kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) * part
+        kl = LN2 * (kl + (log_total_s - tl.log2(total)))
+        margin = margin_of(own, rest, top_t, total, part, exponent, WEIGHTING)
+
+        share, keep, best = admit(margin, alpha, best, mass, sharpness, CHOICE)
+        mass = mass * keep + share
+        # A weight of 0 takes out an infinite divergence too.
+        divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
+        if ROWS > 1:
+            mixture = mixture * across(keep) + tl.where(across(share == 0), 0.0, e * across(share * part))
+        else:
+            if keep != 1:
+                mixture *= keep
+            if share != 0:
+                mixture = tl.fma(e, tl.zeros(e.shape, tl.float32) + share * part, mixture)
+        if weights is not None:
+            shares = shares * across(keep) + tl.where(ks == k, across(share), 0.0)
+            tl.store(margins + k * n_rows + rows, tl.where(alpha > 0, margin, 0.0), rows < n_rows)
+            tl.store(kd + k * n_rows + rows, tl.where(alpha > 0, kl, 0.0), rows < n_rows)
+
+    inverse = tl.where(mass == 0, 0.0, 1 / mass)
+    if weights is not None:
+        held = across(rows < n_rows) & (ks < n_teachers)
+        shares = tl.where(shares == 0, 0.0, shares * across(inverse))
+        tl.store(weights + ks * n_rows + across(rows), shares, held)
+
+    loss = tl.where(kd_weight > 0, kd_weight * temperature * temperature * divergence * inverse, 0.0)
+    # What is known before the loop would be kept through it, in registers of which a long row has none to spare. So
+    # columns follow from the start that the last load returned, and exp2(b) is computed again: the compiler cannot see
+    # that 0 is added.
+    columns = columns_of(b, start)
+    b += (start - start_s).to(tl.float32)
+    labelled = target >= 0
+    if CE:
+        total = tl.sum(tl.exp2(b * temperature), 0)
+        ce_inverse = ce_weight / total
+        # Never so: exp2(b temperature) is computed again, too.
+        b += across(tl.where(total < 0, total, 0.0))
+        own = tl.max(tl.where(columns == across(target), b, float("-inf")), 0)
+        inside = (columns >= 0) & (columns < n_classes) & across(rows < n_rows)
+        mean = tl.sum(tl.where(inside, b, 0.0), 0) / n_classes
+        ce = (1 - label_smoothing) * (tl.log2(total) - temperature * own)
+        ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
+        loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
+
+    alive = counts & (weight > 0)
+    loss = tl.where(invalid, float("nan"), loss)
+    tl.store(row_loss + rows, tl.where(alive, weight * loss, 0.0), rows < n_rows)
+
+    if grad is not None:
+        taught = across((mass != 0) & (kd_weight > 0))
+        g = tl.exp2(b) * across(1 / total_s) - mixture * across(inverse)
+        g = tl.where(taught, kd_weight * temperature * g, 0.0)
+        if CE:
+            smoothed = tl.where(columns == across(target), 1 - label_smoothing, 0.0) + label_smoothing / n_classes
+            q = tl.exp2(b * temperature) * across(ce_inverse)
+            g += tl.where(across(labelled), q - ce_weight * smoothed, 0.0)
+        factor = tl.where(invalid, float("nan"), weight)
+        if divisor is not None:
+            factor = factor / read_divisor(divisor, n_rows, ignore_index)
+        g = tl.where(across(alive), across(factor) * g, 0.0)
+        store_tile(grad, g, tile, n_classes, GROUP)
