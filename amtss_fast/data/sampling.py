@@ -1,4 +1,4 @@
-"""Which language the next training text is in."""
+"""The order of training rows: which language comes next."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from amtss_fast.errors import UserError
+
 LanguageSampling: TypeAlias = Literal["proportional", "balanced", "temperature", "adaptive"]
 LANGUAGE_SAMPLINGS = ("proportional", "balanced", "temperature", "adaptive")
 
 
 class LanguageSampler(Sampler[int]):
-    """Draws a language for every row, then the next row of that language in its own shuffled order.
+    """Draws a language for every row, then takes the next row of that language in its own shuffled order.
 
     With n_l rows of language l, it is drawn with a probability in proportion to ::
 
@@ -24,19 +26,20 @@ class LanguageSampler(Sampler[int]):
         n_l r_l            "adaptive", with the language weights r of :class:`amtss_fast.AdaptiveStrategy`
 
     An epoch has as many rows as the data; rows of small languages come more than once. The order depends on seed and
-    epoch alone, and for "adaptive" on the weights, which are read once per `chunk` rows and kept in `state_dict`, so
+    epoch alone, and for "adaptive" on the weights. These are read once per `chunk` rows and kept in `state_dict`, so
     that a resumed epoch draws the same rows.
 
     Args:
-        language_ids: of each row.
+        language_ids: [N] integers, the language of each row.
         sampling: one of the four.
         seed: of the order.
         exponent: of "temperature", in [0, 1].
-        weights: gives r, [L]; needed for "adaptive" and for nothing else.
-        chunk: rows between two readings of the weights.
+        weights: gives r, [L]; required for "adaptive", not allowed for the others.
+        chunk: rows between two readings of the weights, at least 1.
 
     Raises:
-        ValueError: an argument outside its range, or `weights` without "adaptive" or the reverse.
+        UserError: an unknown sampling, or an exponent outside [0, 1].
+        ValueError: `weights` without "adaptive" or the reverse; a chunk below 1.
     """
 
     def __init__(
@@ -61,14 +64,14 @@ class LanguageSampler(Sampler[int]):
         self._base = torch.where(counts > 0, counts**power, 0.0)
         self._length, self._seed, self._weights, self._chunk = len(ids), seed, weights, chunk
         self._epoch = 0
-        # Probabilities of each chunk of this epoch, as far as it was drawn.
+        # The probabilities of each chunk of this epoch that was drawn so far.
         self._drawn: list[list[float]] = []
 
     def __len__(self) -> int:
         return self._length
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch is another order."""
+        """Selects the order of this epoch."""
         if epoch != self._epoch:
             self._epoch, self._drawn = epoch, []
 
@@ -93,17 +96,17 @@ class LanguageSampler(Sampler[int]):
         return torch.tensor(self._drawn[chunk], dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and what its chunks were drawn with; plain numbers."""
+        """The epoch and the probabilities of its chunks, as plain numbers."""
         return {"epoch": self._epoch, "drawn": [list(p) for p in self._drawn]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`."""
+        """Continues from a :meth:`state_dict`."""
         self._epoch, self._drawn = state["epoch"], [list(p) for p in state["drawn"]]
 
 
 def check_sampling(sampling: str, exponent: float) -> None:
-    """Raise ValueError for an unknown sampling or an exponent outside [0, 1]."""
+    """Raises UserError for an unknown sampling or an exponent outside [0, 1]."""
     if sampling not in LANGUAGE_SAMPLINGS:
-        raise ValueError(f"language_sampling must be one of {LANGUAGE_SAMPLINGS} or None, got {sampling!r}")
+        raise UserError(f"language_sampling must be one of {LANGUAGE_SAMPLINGS} or None, got {sampling!r}")
     if not 0 <= exponent <= 1:
-        raise ValueError(f"language_sampling_exponent must be in [0, 1], got {exponent}")
+        raise UserError(f"language_sampling_exponent must be in [0, 1], got {exponent}")

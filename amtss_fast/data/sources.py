@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,8 +15,10 @@ from typing import Any, TypeAlias
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
+
+from amtss_fast.data.files import FORMATS, file_format, read_file
+from amtss_fast.errors import UserError
 
 PathLike: TypeAlias = str | Path
 Source: TypeAlias = PathLike | Sequence[PathLike] | Mapping[str, PathLike | Sequence[PathLike]]
@@ -29,27 +28,10 @@ EMBEDDED: dict[str, tuple[str, str | None]] = {
     "cldr_topic": ("text", None),
     "cldr_pairs": ("premise", "hypothesis"),
 }
-XNLI_LANGUAGES = (
-    "ar",
-    "bg",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fr",
-    "hi",
-    "ru",
-    "sw",
-    "th",
-    "tr",
-    "ur",
-    "vi",
-    "zh",
-)
+XNLI_LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 _XNLI = ("xnli", "facebook/xnli")
-_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -61,18 +43,17 @@ _SPLIT_WORDS = {
     "testing": "test",
 }
 _LANGUAGE_CODE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
-# Bytes of a CSV and rows of a JSON file that are read at once.
-_CSV_BLOCK = 1 << 24
-_JSON_CHUNK = 50_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """One table as read, where it came from, and its language if that name says it."""
+    """One table as it was read."""
 
     table: pa.Table
     origin: str
+    """Where it came from, for messages."""
     language: str | None = None
+    """The language of all its rows, if the name of the file, folder or configuration gives it."""
 
 
 def read_parts(
@@ -83,7 +64,7 @@ def read_parts(
     config: str | None,
     hub: Mapping[str, Any],
 ) -> dict[str, list[Part]]:
-    """The tables of each split, columns as they are; see `amtss_fast.data.load.load_data`."""
+    """The tables of each split, with the columns of the source; arguments as in `amtss_fast.data.load_data`."""
     if is_embedded(source) or not _is_hub_id(source):
         if config is not None or hub:
             given = {**({} if config is None else {"config": config}), **hub}
@@ -96,6 +77,7 @@ def read_parts(
 
 
 def is_embedded(source: Source) -> bool:
+    """Whether the source is the name of an embedded set."""
     return isinstance(source, str) and source in EMBEDDED
 
 
@@ -106,7 +88,7 @@ def _is_hub_id(source: Source) -> bool:
     if source in _XNLI:
         return True
     plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
-    return plain and not Path(source).exists() and Path(source).suffix not in _FORMATS
+    return plain and not Path(source).exists() and Path(source).suffix not in FORMATS
 
 
 def _read_hub(
@@ -118,12 +100,7 @@ def _read_hub(
     configs: list[str | None] = [config]
     if name in _XNLI:
         name = "facebook/xnli"
-        allowed = ("all_languages", *XNLI_LANGUAGES)
-        if config is None:
-            configs = ["all_languages"] if languages is None else list(languages)
-        unknown = [code for code in configs if code not in allowed]
-        if unknown:
-            raise ValueError(f"XNLI has no {unknown}; it has {list(allowed)}")
+        configs = _xnli_configs(config, languages)
     parts: dict[str, list[Part]] = {}
     for chosen in configs:
         try:
@@ -141,23 +118,23 @@ def _read_hub(
     return parts
 
 
-def _read_local(source: Source, split_column: str | None, languages: Sequence[str] | None) -> dict[str, list[Part]]:
-    given: list[tuple[str | None, Any]] = [*source.items()] if isinstance(source, Mapping) else [(None, source)]
-    files: list[tuple[str | None, Path, Path]] = []
-    for split, paths in given:
-        for path in [paths] if isinstance(paths, (str, Path)) else paths:
-            files += [(split, file, root) for file, root in _find_files(Path(path).expanduser())]
-    suffixes = sorted({_format(file) for _, file, _ in files})
-    if len(suffixes) > 1:
-        raise ValueError(
-            f"{source!r} mixes the formats {suffixes}; give one of them, for example 'folder/*{suffixes[0]}'"
-        )
+def _xnli_configs(config: str | None, languages: Sequence[str] | None) -> list[str | None]:
+    configs: list[str | None] = [config]
+    if config is None:
+        configs = ["all_languages"] if languages is None else list(languages)
+    allowed = ("all_languages", *XNLI_LANGUAGES)
+    unknown = [code for code in configs if code not in allowed]
+    if unknown:
+        raise UserError(f"XNLI has no {unknown}; it has {list(allowed)}")
+    return configs
 
+
+def _read_local(source: Source, split_column: str | None, languages: Sequence[str] | None) -> dict[str, list[Part]]:
     named: list[tuple[str | None, Part]] = []
-    for split, file, root in files:
+    for split, file, root in _local_files(source):
         words = [_words(piece) for piece in (*file.relative_to(root).parts[:-1], file.stem)]
         split = split or _split_of(words, file)
-        part = Part(_read_file(file), str(file), _language_of(file, root, words, languages))
+        part = Part(read_file(file), str(file), _language_of(file, root, words, languages))
         named.append((split, part))
 
     parts: dict[str, list[Part]] = {}
@@ -169,7 +146,7 @@ def _read_local(source: Source, split_column: str | None, languages: Sequence[st
         elif all(other is None for other, _ in named):
             pieces = {"train": [part]}
         else:
-            raise ValueError(
+            raise UserError(
                 f"{part.origin} names no split, but the files beside it do: "
                 f"{[other.origin for found, other in named if found is not None]}; "
                 "give a mapping {split: files}"
@@ -179,26 +156,35 @@ def _read_local(source: Source, split_column: str | None, languages: Sequence[st
     return parts
 
 
+def _local_files(source: Source) -> list[tuple[str | None, Path, Path]]:
+    """Each file with the split that a mapping gives it, and the folder from which its name counts."""
+    given: list[tuple[str | None, Any]] = [*source.items()] if isinstance(source, Mapping) else [(None, source)]
+    files: list[tuple[str | None, Path, Path]] = []
+    for split, paths in given:
+        for path in [paths] if isinstance(paths, (str, Path)) else paths:
+            files += [(split, file, root) for file, root in _find_files(Path(path).expanduser())]
+    formats = sorted({file_format(file) for _, file, _ in files})
+    if len(formats) > 1:
+        raise UserError(f"{source!r} mixes the formats {formats}; give one of them, for example 'folder/*{formats[0]}'")
+    return files
+
+
 def _find_files(path: Path) -> list[tuple[Path, Path]]:
-    """The data files under a path, each with the folder from which its name counts."""
+    """The data files under a file, folder or glob pattern, each with the folder from which its name counts."""
     if path.is_file():
-        if _format(path) not in _FORMATS:
-            raise ValueError(f"{path}: unknown format {path.suffix!r}; known are {list(_FORMATS)}")
+        if file_format(path) not in FORMATS:
+            raise UserError(f"{path}: unknown format {path.suffix!r}; known are {list(FORMATS)}")
         return [(path, path.parent)]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _format(file) in _FORMATS)
+        files = sorted(file for file in path.rglob("*") if file_format(file) in FORMATS)
         if not files:
             found = sorted(file.name for file in path.iterdir())[:10]
-            raise FileNotFoundError(f"{path} holds no file in a known format {list(_FORMATS)}; it holds {found}")
+            raise FileNotFoundError(f"{path} holds no file in a known format {list(FORMATS)}; it holds {found}")
         return [(file, path) for file in files]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
         raise FileNotFoundError(f"no file or folder {str(path)!r}; embedded sets: {sorted(EMBEDDED)}")
     return [found for match in matches for found in _find_files(match)]
-
-
-def _format(file: Path) -> str:
-    return file.suffix.lower()
 
 
 def _words(piece: str) -> list[str]:
@@ -210,7 +196,7 @@ def _split_of(words: Sequence[Sequence[str]], file: Path) -> str | None:
     for piece in reversed(words):
         found = {_SPLIT_WORDS[word.lower()] for word in piece if word.lower() in _SPLIT_WORDS}
         if len(found) > 1:
-            raise ValueError(f"{file} names several splits: {sorted(found)}")
+            raise UserError(f"{file} names several splits: {sorted(found)}")
         if found:
             return found.pop()
     return None
@@ -219,7 +205,7 @@ def _split_of(words: Sequence[Sequence[str]], file: Path) -> str | None:
 def _language_of(file: Path, root: Path, words: Sequence[Sequence[str]], languages: Sequence[str] | None) -> str | None:
     """The language in a file's name (`train.pt-BR.csv`, `en_train.csv`) or a folder's (`en/`)."""
     pieces = list(file.relative_to(root).parts[:-1])
-    # What is left of the stem without the split and the numbers of shards.
+    # The stem without the split and the numbers of shards.
     rest = [word for word in words[-1] if word.lower() not in _SPLIT_WORDS and word != "of"]
     stem = "-".join(word for word in rest if not word.isdigit())
     for piece in (stem, *reversed(pieces)):
@@ -231,76 +217,11 @@ def _language_of(file: Path, root: Path, words: Sequence[Sequence[str]], languag
 
 
 def _split_rows(part: Part, column: str) -> dict[str, list[Part]]:
+    """The rows of a table by the split that a column names."""
     values = part.table[column]
     if values.null_count:
-        raise ValueError(f"{part.origin}: column {column!r} has {values.null_count} empty values")
+        raise UserError(f"{part.origin}: column {column!r} has {values.null_count} empty values")
     return {
         str(split): [Part(part.table.filter(pc.equal(values, split)), part.origin, part.language)]
         for split in values.unique().to_pylist()
     }
-
-
-def _read_file(file: Path) -> pa.Table:
-    readers: dict[str, Callable[[Path], pa.Table]] = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": pa.parquet.read_table,
-    }
-    try:
-        table = readers.get(_format(file), _read_json_lines)(file)
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as {_format(file)}: {error}") from error
-    names = Counter(table.column_names)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise ValueError(f"{file} has columns twice: {twice}")
-    return table
-
-
-def _read_csv(file: Path) -> pa.Table:
-    delimiter = "\t" if _format(file) == ".tsv" else ","
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        header = next(csv.reader(lines, delimiter=delimiter), None)
-    if header is None:
-        raise ValueError(f"{file} is empty: it has no header line")
-    # Everything is text here: a text "NA", "001" or "2020-01-01" must stay what it is.
-    return pa.csv.read_csv(
-        file,
-        read_options=pa.csv.ReadOptions(block_size=_CSV_BLOCK),
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(
-            column_types={name: pa.string() for name in header}, strings_can_be_null=False
-        ),
-    )
-
-
-def _read_json_lines(file: Path) -> pa.Table:
-    # Not Arrow's reader: it turns texts that look like dates into dates.
-    def chunks() -> Iterator[pa.Table]:
-        rows: list[dict[str, Any]] = []
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{file}, line {number} is not a JSON object (one object per line is "
-                        f"expected): {line.strip()[:80]}"
-                    )
-                rows.append(row)
-                if len(rows) == _JSON_CHUNK:
-                    yield _rows_table(rows)
-                    rows = []
-        yield _rows_table(rows)
-
-    return pa.concat_tables(list(chunks()), promote_options="permissive")
-
-
-def _rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    # `Table.from_pylist` takes the columns of the first row only.
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})

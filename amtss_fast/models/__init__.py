@@ -1,5 +1,27 @@
-"""X"""
+"""The student, its configuration and tokenizer, and the output heads of language models."""
+# The guard stands before the imports that it guards.
+# ruff: noqa: E402
 
 from amtss_fast._compat.extras import need_training_extra
 
 need_training_extra(__name__)
+
+from amtss_fast.models.config import AMTSSConfig
+from amtss_fast.models.heads import OutputHead
+from amtss_fast.models.names import check_languages, check_texts, normalize_label
+from amtss_fast.models.predict import Prediction
+from amtss_fast.models.student import AMTSSForSequenceClassification
+from amtss_fast.models.tokenizers import load_tokenizer, max_input_tokens, tokenizer_state
+
+__all__ = [
+    "AMTSSConfig",
+    "AMTSSForSequenceClassification",
+    "OutputHead",
+    "Prediction",
+    "check_languages",
+    "check_texts",
+    "load_tokenizer",
+    "max_input_tokens",
+    "normalize_label",
+    "tokenizer_state",
+]

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from amtss_fast.data.sampling import LanguageSampler
+from amtss_fast.data import LanguageSampler
 
 # Language 2 has no rows.
 COUNTS = {0: 6000, 1: 1500, 3: 500}

@@ -1,3 +1,5 @@
+"""The student: its formula, its languages, its checkpoints."""
+
 from __future__ import annotations
 
 import copy
@@ -8,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LABELS, TEXTS, tiny_bert_config, tiny_tokenizer
-from torch import Tensor
+from students import IDS, LANGUAGES, logits_of, make_batch, make_student
+from tiny import LABELS, tiny_bert_config
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -19,42 +21,10 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     PretrainedConfig,
-    T5Config,
     XLMRobertaConfig,
 )
 
-from amtss_fast.models.student import (
-    AMTSSConfig,
-    AMTSSForSequenceClassification,
-    load_tokenizer,
-    max_input_tokens,
-)
-
-LANGUAGES = ["en", "es", "sw"]
-# Row n of the batch is in language IDS[n]; the languages mix.
-IDS = torch.tensor([0, 2, 1, 0, 2])
-
-
-def make_student(encoder: Any = None, **options: Any) -> Any:
-    """A student in eval mode whose projections differ and are no identity."""
-    torch.manual_seed(0)
-    values: dict[str, Any] = {"languages": LANGUAGES, "id2label": LABELS, **options}
-    student: Any = AMTSSForSequenceClassification.from_encoder(encoder or tiny_bert_config(), **values)
-    with torch.no_grad():
-        for projection in student.projections:
-            projection.weight.normal_(0, 0.3)
-            projection.bias.normal_(0, 0.3)
-    return student.eval()
-
-
-def make_batch(texts: tuple[str, ...] = TEXTS) -> dict[str, Tensor]:
-    return dict(tiny_tokenizer()(list(texts), padding=True, return_tensors="pt"))
-
-
-@torch.no_grad()
-def logits_of(student: Any, ids: Tensor = IDS, **batch: Tensor) -> Tensor:
-    logits: Tensor = student(**(batch or make_batch()), language_ids=ids).logits
-    return logits
+from amtss_fast import AMTSSConfig, AMTSSForSequenceClassification
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -90,7 +60,7 @@ def test_fresh_projections_are_the_identity_and_learn() -> None:
     assert all(p.grad is not None for p in student.parameters())
 
 
-def test_the_loss_ignores_unlabelled_and_ignored_rows() -> None:
+def test_the_loss_ignores_unlabeled_and_ignored_rows() -> None:
     student, batch = make_student(), make_batch()
     labels = torch.tensor([0, -1, 2, -100, 1])
     output = student(**batch, language_ids=IDS, labels=labels)
@@ -191,7 +161,7 @@ def test_auto_classes_know_it_in_a_fresh_process(tmp_path: Path) -> None:
     student = make_student()
     student.save_pretrained(tmp_path)
     script = (
-        "import sys, amtss_fast.models.student\n"
+        "import sys, amtss_fast.models\n"
         "from transformers import AutoModelForSequenceClassification as Auto\n"
         "print(type(Auto.from_pretrained(sys.argv[1])).__name__)\n"
     )
@@ -275,7 +245,7 @@ def test_compile_without_graph_break() -> None:
         torch.testing.assert_close(got, parameter.grad)
 
 
-# transformers 5.23 renames it; 5.0 knows only this name.
+# transformers 5.23 renamed it; 5.0 has only this name.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_autocast_and_checkpointing() -> None:
     student, batch = make_student(classifier_dropout=0.0), make_batch()
@@ -314,154 +284,3 @@ def test_wrong_language_ids() -> None:
         student(**batch, language_ids=IDS[:4])
     with pytest.raises(TypeError, match=r"language_ids must be integers, got torch.float32"):
         student(**batch, language_ids=IDS.float())
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"languages": "en"}, TypeError, "languages must be a list of language codes, got 'en'"),
-        ({"languages": None}, TypeError, "languages must be a list"),
-        ({"languages": []}, ValueError, "languages must hold at least one"),
-        ({"languages": ["en", " "]}, ValueError, "no empty one"),
-        ({"languages": ["en", "sw", "en"]}, ValueError, "languages must be different, got en"),
-        ({"languages": ["en", 3]}, TypeError, "languages must be strings"),
-        ({"pooling": "max"}, ValueError, "pooling must be one of mean, cls; got 'max'"),
-        ({"projection_activation": "relu"}, ValueError, "one of tanh, gelu, silu; got 'relu'"),
-        ({"classifier": "own"}, ValueError, "one of shared, per_language; got 'own'"),
-        ({"classifier_dropout": 1.0}, ValueError, r"classifier_dropout must be in \[0, 1\), got 1"),
-        ({"classifier_dropout": "0"}, TypeError, "classifier_dropout must be a number, got '0'"),
-        ({"id2label": None}, ValueError, "exactly one of id2label and num_labels"),
-        ({"num_labels": 3}, ValueError, "exactly one of id2label and num_labels"),
-        ({"id2label": ["only"]}, ValueError, "at least 2 labels"),
-        ({"id2label": None, "num_labels": 1}, ValueError, "at least 2 labels"),
-        ({"id2label": ["yes", "Yes "]}, ValueError, "different names"),
-        ({"id2label": {1: "yes", 2: "no"}}, ValueError, "ids 0 to C - 1"),
-        ({"id2label": "yes"}, TypeError, "id2label must be a mapping or a list"),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make_student(**options)
-
-
-def test_wrong_encoders() -> None:
-    with pytest.raises(ValueError, match="must be an encoder's, got the encoder-decoder 't5'"):
-        make_student(T5Config(vocab_size=300, d_model=16))
-    with pytest.raises(TypeError, match=r"encoder must be a folder, .* got int"):
-        make_student(7)
-    with pytest.raises(TypeError, match="text_config must be a PretrainedConfig or a dict"):
-        AMTSSConfig(languages=LANGUAGES, num_labels=3)
-    with pytest.raises(ValueError, match="text_config needs a model_type"):
-        AMTSSConfig({"hidden_size": 3}, LANGUAGES, num_labels=3)
-    with pytest.raises(ValueError, match="label2id must be the inverse"):
-        AMTSSConfig(tiny_bert_config(), LANGUAGES, id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0})
-
-
-def test_wrong_languages_to_add_or_train() -> None:
-    student = make_student()
-    with pytest.raises(ValueError, match="languages must be different, got es twice"):
-        student.add_language("es")
-    with pytest.raises(ValueError, match="language 'xx' is unknown; allowed: en, es, sw"):
-        student.add_language("ur", like="xx")
-    with pytest.raises(ValueError, match="language 'xx' is unknown"):
-        student.freeze_all_but(["en", "xx"])
-    assert student.config.languages == LANGUAGES
-    assert len(student.projections) == 3
-    assert all(p.requires_grad for p in student.parameters())
-
-
-def test_num_labels_names_the_labels() -> None:
-    student = make_student(id2label=None, num_labels=4)
-    assert student.config.label_names == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
-    assert logits_of(student).shape == (5, 4)
-
-
-def test_predict(tmp_path: Path) -> None:
-    student, tokenizer = make_student(), tiny_tokenizer()
-    student.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AMTSSForSequenceClassification.from_pretrained(tmp_path)
-    loaded.train()
-    loaded.encoder.eval()
-    codes = [LANGUAGES[i] for i in IDS.tolist()]
-    results = loaded.predict(TEXTS, codes, batch_size=2)
-    # The mode of each part is put back.
-    assert loaded.training
-    assert loaded.dropout.training
-    assert not loaded.encoder.training
-    expected = logits_of(student).softmax(-1)
-    for result, row in zip(results, expected, strict=True):
-        assert list(result.probabilities) == list(LABELS)
-        got = torch.tensor(list(result.probabilities.values()))
-        torch.testing.assert_close(got, row, rtol=1e-4, atol=1e-6)
-        assert result.label == LABELS[int(row.argmax())]
-        assert result.score == result.probabilities[result.label]
-    # One code for all, and a tokenizer given by hand.
-    assert student.predict(TEXTS, "sw", tokenizer=tokenizer)[0] == loaded.predict(TEXTS, ["sw"] * 5)[0]
-    assert loaded.predict([], "en") == []
-    # More tokens than the model has positions are cut.
-    assert len(loaded.predict(["word " * 500], "en")) == 1
-
-
-def test_predict_pairs() -> None:
-    student, tokenizer = make_student(), tiny_tokenizer()
-    first, second = list(TEXTS[:3]), list(TEXTS[2:5])
-    results = student.predict(first, "es", text_pairs=second, tokenizer=tokenizer, batch_size=1)
-    batch = dict(tokenizer(first, second, padding=True, return_tensors="pt"))
-    assert batch["token_type_ids"].any()
-    expected = logits_of(student, torch.ones(3).long(), **batch).softmax(-1)
-    got = torch.tensor([list(result.probabilities.values()) for result in results])
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_predict_without_a_tokenizer(tmp_path: Path) -> None:
-    student = make_student()
-    with pytest.raises(RuntimeError, match=r"predict needs a tokenizer, .* pass tokenizer="):
-        student.predict(TEXTS, "en")
-    student.save_pretrained(tmp_path)
-    loaded = AMTSSForSequenceClassification.from_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"no tokenizer found in .* tokenizer.save_pretrained"):
-        loaded.predict(TEXTS, "en")
-    # transformers alone would give an empty BERT tokenizer here.
-    BertModel(tiny_bert_config()).save_pretrained(tmp_path / "bert")
-    with pytest.raises(RuntimeError, match="no tokenizer found in"):
-        load_tokenizer(tmp_path / "bert")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        (("one text", "en"), {}, TypeError, "texts must be a list of strings, got 'one text'"),
-        ((["a", None], "en"), {}, TypeError, "texts must be strings, got None"),
-        ((["a", "b"], ["en"]), {}, ValueError, r"one code or one per text \(2\), got 1"),
-        ((["a"], "xx"), {}, ValueError, "language 'xx' is unknown; allowed: en, es, sw"),
-        ((["a"], "en"), {"text_pairs": []}, ValueError, r"one entry per text \(1\), got 0"),
-        ((["a"], "en"), {"text_pairs": "b"}, TypeError, "text_pairs must be a list"),
-        ((["a"], "en"), {"batch_size": 0}, ValueError, "batch_size must be an integer .* got 0"),
-    ],
-)
-def test_predict_refuses(
-    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    student = make_student()
-    with pytest.raises(error, match=message):
-        student.predict(*arguments, tokenizer=tiny_tokenizer(), **options)
-
-
-def test_the_most_tokens_that_fit() -> None:
-    endless = tiny_tokenizer(model_max_length=10**30)
-    assert max_input_tokens(make_student(), endless) == 64
-    assert max_input_tokens(make_student(), tiny_tokenizer(model_max_length=20)) == 20
-    # The first two of 34 positions are the padding's.
-    roberta = make_student(
-        XLMRobertaConfig(
-            vocab_size=300,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=34,
-        )
-    )
-    assert max_input_tokens(roberta, endless) == 32
-    assert len(roberta.predict(["word " * 500], "en", tokenizer=endless)) == 1
