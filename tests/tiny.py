@@ -105,7 +105,7 @@ def weights(trainer: Any) -> torch.Tensor:
 def run_in_two_processes(folder: Path, code: str) -> None:
     """Runs Python code in two processes of `torch.distributed`; it finds the test modules."""
     script = folder / "in_two_processes.py"
-    script.write_text(f"{code}\nfrom amtss_fast.cli import leave_process_group\nleave_process_group()\n")
+    script.write_text(f"{code}\nfrom amtss_fast._system.processes import leave_process_group\nleave_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, [here, *(entry for entry in here.iterdir() if entry.is_dir())]))

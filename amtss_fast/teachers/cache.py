@@ -1,8 +1,8 @@
-"""Teachers' logits, computed once and kept as memory-mapped Arrow shards that are found again by their content.
+"""Files of teachers' logits: computed once, stored as Arrow shards, read through memory maps.
 
-PATH/TEACHER/SPLIT-KEY/key.json            what the key is of: data, weights, precision, labels, languages, format
+PATH/TEACHER/SPLIT-KEY/key.json            everything that decides about the logits; KEY is its hash
 PATH/TEACHER/SPLIT-KEY/shard-00000.arrow   rows 0 to shard_rows - 1 of the split, a data set of its own
-PATH/TEACHER/SPLIT-KEY/shard-00000.json    its SHA-256; a shard without one, or of another content, is never read
+PATH/TEACHER/SPLIT-KEY/shard-00000.json    its SHA-256; a shard without one, or with another content, is never read
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from amtss_fast._system.files import publish, write_atomically
+from amtss_fast.errors import UserError
 from amtss_fast.loss.logits import QuantizedLogits, quantize_logits
-from amtss_fast.teachers.teacher import TeacherPool
 
 FORMATS = ("float32", "bfloat16", "codes")
-ROW = "cache_row"
-"""The column of encoded rows that says which cached row is theirs."""
+"""How logits are stored; `codes` are those of :class:`amtss_fast.QuantizedLogits`."""
 _VERSION = 1
 
 
 def default_format(classes: int) -> str:
-    """Exact for few classes, 8-bit codes where float32 would fill disks."""
+    """`float32`, which is exact, up to 64 classes; `codes` for more, where float32 would take too much disk space."""
     return "float32" if classes <= 64 else "codes"
 
 
 def files_digest(folder: str | Path) -> str:
-    """SHA-256 of the weights, configuration and tokenizer that a folder or a Hub id holds."""
+    """SHA-256 of the weights, configuration and tokenizer in a folder, or under a Hub id, which is then downloaded."""
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
@@ -55,17 +54,18 @@ def files_digest(folder: str | Path) -> str:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One teacher's logits of one split.
+    """The stored logits of one teacher for one split.
 
     Args:
-        root: where caches are kept.
+        root: the folder of all caches.
         teacher: the teacher's name.
         split: the name of the split.
-        key: what decides about the logits: any JSON. Another key is another entry.
+        key: everything that decides about the logits (data, weights, precision, labels, ...), as JSON values. Another
+            key is another entry.
         rows: rows of the split.
         classes: logits of each row.
         format: one of `FORMATS`.
-        shard_rows: rows of a shard; what a kill loses at most.
+        shard_rows: rows of a shard. A killed process loses at most one shard.
     """
 
     root: Path
@@ -85,23 +85,26 @@ class CacheEntry:
 
     @cached_property
     def folder(self) -> Path:
-        """Where its shards lie."""
+        """The folder of its shards."""
         text = json.dumps(self._full_key, sort_keys=True)
         return self.root / self.teacher / f"{self.split}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     @property
     def shards(self) -> int:
-        """How many shards there are, the last one perhaps shorter."""
+        """The number of shards; the last one may be shorter."""
         return -(-self.rows // self.shard_rows)
 
     def compute(self, logits: Callable[[Sequence[int]], Tensor], *, rank: int = 0, world_size: int = 1) -> int:
         """Computes the shards that are missing, cut off or altered; returns how many.
 
-        Safe to kill at any moment and to start again: whole shards are kept. Processes may share the work
+        It may be killed at any moment and started again: whole shards are kept. Processes may share the work
         (`rank` of `world_size`), on one machine or on several with a common file system.
 
         Args:
             logits: gives float32 logits [n, C] of n rows of the split.
+
+        Raises:
+            ValueError: logits of another shape.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         key = self.folder / "key.json"
@@ -116,11 +119,11 @@ class CacheEntry:
         return len(missing)
 
     def open(self) -> CachedLogits:
-        """Its logits, memory-mapped, after all checksums have been verified.
+        """Verifies all checksums and returns the memory-mapped logits.
 
         Raises:
-            FileNotFoundError: nothing cached for this key; says what differs from what is there.
-            ValueError: shards that are missing, cut off or altered; names them.
+            FileNotFoundError: nothing cached for this key; the message says how the latest entry differs.
+            UserError: shards that are missing, cut off or altered; the message names them.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(
@@ -130,7 +133,7 @@ class CacheEntry:
         problems = [text for i in range(self.shards) if (text := self._problem(i)) is not None]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(
+            raise UserError(
                 f"cached logits in {self.folder}: {', '.join(problems[:3])}{more}; "
                 "`amtss-fast cache` computes them again"
             )
@@ -154,7 +157,7 @@ class CacheEntry:
 
     @property
     def features(self) -> Features:
-        """The columns of a shard. bfloat16 values are kept as their 16 bits, which Arrow has no type for."""
+        """The columns of a shard. bfloat16 values are stored as 16-bit integers, because Arrow has no such type."""
         if self.format == "codes":
             codes = List(Value("uint8"), length=self.classes)
             return Features({"codes": codes, "row_max": Value("float32"), "step": Value("float32")})
@@ -167,32 +170,34 @@ class CacheEntry:
             raise ValueError(
                 f"logits of rows {start} to {end - 1} must be [{end - start}, {self.classes}], got {list(values.shape)}"
             )
-        if self.format == "codes":
-            quantized = quantize_logits(values)
-            columns = {"codes": quantized.codes, "row_max": quantized.row_max, "step": quantized.step}
-        elif self.format == "bfloat16":
-            columns = {"logits": values.bfloat16().view(torch.uint16)}
-        else:
-            columns = {"logits": values}
-        schema = self.features.arrow_schema
-        arrays = [
-            pa.FixedSizeListArray.from_arrays(pa.array(c.flatten().numpy()), self.classes)
-            if c.dim() == 2
-            else pa.array(c.numpy())
-            for c in columns.values()
-        ]
         file = self._file(index)
-        partial = _partial(file)
+        checksum, partial = file.with_suffix(".json"), _partial(file)
         # One record batch: one array to map.
         with ArrowWriter(features=self.features, path=str(partial), writer_batch_size=len(values)) as writer:
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), len(values))
+            writer.write_table(self._table(values), len(values))
             writer.finalize()
         digest = _sha256(partial)
-        # The old checksum goes first: at no moment does it stand beside another shard.
-        file.with_suffix(".json").unlink(missing_ok=True)
+        # The old checksum is removed first, so that it never lies beside another shard.
+        checksum.unlink(missing_ok=True)
         publish(partial, file)
-        checksum = file.with_suffix(".json")
         write_atomically(checksum, json.dumps({"sha256": digest}), _partial(checksum))
+
+    def _table(self, values: Tensor) -> pa.Table:
+        """float32 logits [n, C] as the columns of `features`."""
+        columns: tuple[Tensor, ...]
+        if self.format == "codes":
+            columns = quantize_logits(values)
+        elif self.format == "bfloat16":
+            columns = (values.bfloat16().view(torch.uint16),)
+        else:
+            columns = (values,)
+        arrays = [
+            pa.FixedSizeListArray.from_arrays(pa.array(column.flatten().numpy()), self.classes)
+            if column.dim() == 2
+            else pa.array(column.numpy())
+            for column in columns
+        ]
+        return pa.Table.from_arrays(arrays, schema=self.features.arrow_schema)
 
     def _differences(self) -> str:
         others = sorted((self.root / self.teacher).glob(f"{self.split}-*/key.json"), key=os.path.getmtime)
@@ -205,126 +210,56 @@ class CacheEntry:
 
 
 class CachedLogits:
-    """Memory-mapped logits of a split, row by row; made by :meth:`CacheEntry.open`."""
+    """Memory-mapped logits of a split, read row by row; made by :meth:`CacheEntry.open`."""
 
     def __init__(self, files: Sequence[Path], entry: CacheEntry) -> None:
         self._entry = entry
-        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in entry.features}
-        # Kept, as the arrays are views of them.
+        # Kept, because the arrays are views of them.
         self._shards = [Dataset.from_file(str(file)) for file in files]
-        for shard in self._shards:
-            for name, arrays in self._columns.items():
-                column = shard.data.column(name).combine_chunks()
-                if isinstance(column, pa.ChunkedArray):
-                    column = column.chunk(0)
-                arrays.append(
-                    column.flatten().to_numpy(zero_copy_only=True).reshape(-1, entry.classes)
-                    if pa.types.is_fixed_size_list(column.type)
-                    else column.to_numpy(zero_copy_only=True)
-                )
+        self._columns = {
+            name: [_array(shard, name, entry.classes) for shard in self._shards] for name in entry.features
+        }
 
     def __len__(self) -> int:
         return self._entry.rows
 
-    def read(self, rows: Tensor) -> Tensor | QuantizedLogits:
-        """Logits [n, C] of `rows` [n] as they are kept: float32, bfloat16, or 8-bit codes.
+    @property
+    def split(self) -> str:
+        """The name of the split."""
+        return self._entry.split
 
-        Raises IndexError for a row that the split has not.
+    def read(self, rows: Tensor) -> Tensor | QuantizedLogits:
+        """Logits [n, C] of `rows` [n], as they are stored: float32, bfloat16, or 8-bit codes.
+
+        Raises:
+            IndexError: a row that the split does not have.
         """
         numbers = rows.cpu().numpy()
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"cached rows are 0 to {len(self) - 1}, got {numbers.min()} to {numbers.max()}")
-        places = [divmod(int(n), self._entry.shard_rows) for n in numbers]
-
-        def column(name: str) -> Tensor:
-            arrays = self._columns[name]
-            shape = (len(places), *arrays[0].shape[1:])
-            values = np.empty(shape, arrays[0].dtype)
-            for i, (shard, row) in enumerate(places):
-                values[i] = arrays[shard][row]
-            return torch.from_numpy(values)
-
+        places = [divmod(int(number), self._entry.shard_rows) for number in numbers]
         if self._entry.format == "codes":
-            return QuantizedLogits(column("codes"), column("row_max"), column("step"))
-        logits = column("logits")
+            return QuantizedLogits(*(self._read(name, places) for name in ("codes", "row_max", "step")))
+        logits = self._read("logits", places)
         return logits.view(torch.bfloat16) if self._entry.format == "bfloat16" else logits
 
-
-class CachedTeachers:
-    """Takes the place of a :class:`TeacherPool` in training; no teacher is loaded.
-
-    Args:
-        logits: for each of K teachers the parts of its cache: rows of the first part come first in `cache_row`.
-        names, priors: of the teachers.
-        teaches: [K, L] bool, teacher k teaches language l.
-        label_names, languages: the student's, as for a pool.
-    """
-
-    needs_text = False
-
-    def __init__(
-        self,
-        logits: Sequence[Sequence[CachedLogits]],
-        *,
-        names: Sequence[str],
-        priors: Sequence[float],
-        teaches: Tensor,
-        label_names: Sequence[str],
-        languages: Sequence[str],
-    ) -> None:
-        self._logits = logits
-        self.names = list(names)
-        self.prior = torch.tensor(priors, dtype=torch.float32)
-        self.teaches = teaches
-        self.label_names = list(label_names)
-        self.languages = list(languages)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def logits(self, batch: Mapping[str, Any]) -> tuple[list[Tensor | QuantizedLogits], Tensor]:
-        """As :meth:`TeacherPool.logits`, of the rows `cache_row` [N]; K of [N, C] as they are kept.
-
-        Raises ValueError for a batch without `cache_row`.
-        """
-        rows, language_ids = batch.get(ROW), batch["language_ids"]
-        if rows is None:
-            raise ValueError(f"the batch has no {ROW!r}: training from cached logits needs rows made for it")
-        device = language_ids.device
-        mask = self.teaches.to(device)[:, language_ids]
-        return [self._read(parts, rows).to(device) for parts in self._logits], mask
-
-    def ask(self, batch: Mapping[str, Any]) -> Callable[[], tuple[list[Tensor | QuantizedLogits], Tensor]]:
-        """As :meth:`TeacherPool.ask`: they are read when the function is called."""
-        return lambda: self.logits(batch)
-
-    @staticmethod
-    def _read(parts: Sequence[CachedLogits], rows: Tensor) -> Tensor | QuantizedLogits:
-        # The rows of a batch are all of one split.
-        start = 0
-        for part in parts:
-            if len(rows) == 0 or int(rows[0]) < start + len(part):
-                return part.read(rows - start)
-            start += len(part)
-        raise IndexError(f"cached rows are 0 to {start - 1}, got {int(rows[0])}")
+    def _read(self, column: str, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Values of a column at (shard, row)."""
+        arrays = self._columns[column]
+        values = np.empty((len(places), *arrays[0].shape[1:]), arrays[0].dtype)
+        for i, (shard, row) in enumerate(places):
+            values[i] = arrays[shard][row]
+        return torch.from_numpy(values)
 
 
-def pool_logits(
-    pool: TeacherPool, encoded: Dataset, collate: Any, batch_size: int
-) -> Callable[[Sequence[int]], Tensor]:
-    """What `CacheEntry.compute` asks: logits of a pool of one teacher, in batches of rows of like length."""
-
-    def logits(rows: Sequence[int]) -> Tensor:
-        part = encoded.select(rows)
-        order = np.argsort([len(ids) for ids in part["input_ids"]], kind="stable")
-        result = torch.zeros(len(part), len(pool.label_names))
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            values, _ = pool.logits(collate([part[int(i)] for i in places]))
-            result[torch.from_numpy(places)] = values[0].cpu()
-        return result
-
-    return logits
+def _array(shard: Dataset, name: str, classes: int) -> np.ndarray:
+    """A column of a shard as a view of the mapped file: [n], or [n, C]."""
+    column = shard.data.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0)
+    lists = pa.types.is_fixed_size_list(column.type)
+    array: np.ndarray = (column.flatten() if lists else column).to_numpy(zero_copy_only=True)
+    return array.reshape(-1, classes) if lists else array
 
 
 def _sha256(file: Path) -> str:
@@ -346,5 +281,5 @@ def _alive(process: int) -> bool:
 
 
 def _partial(file: Path) -> Path:
-    # Two machines may write the same shard; each has a name of its own until it is whole.
+    # Two machines may write the same shard; until it is whole, each uses a name of its own.
     return file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.partial")

@@ -1,4 +1,4 @@
-"""What fewer bits change in a run's own teachers: their answers, weights, speed and memory.
+"""What fewer bits change in a run's own teachers: outputs, weights, speed and memory.
 
 `amtss-fast teachers check CONFIG` prints it.
 """
@@ -6,54 +6,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from amtss_fast.loss import AMTSSStats
-from amtss_fast.teachers.teacher import TeacherPool
+from amtss_fast.teachers.batching import batches_by_length
+from amtss_fast.teachers.contract import dense
+from amtss_fast.teachers.pool import LiveTeachers
 
 LARGEST_KL = 1e-3
-"""Nats: a precision is recommended where no language's mean is above it, ..."""
+"""Nats. A precision is recommended where no language's mean is above it, ..."""
 LEAST_AGREEMENT = 0.99
 """... and where at least this share of each language's rows, one row aside, keep their most likely class."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a teacher says in one precision, and what that costs."""
+class Measurement:
+    """A teacher's outputs in one precision, and their cost."""
 
     logits: Tensor
     """[N, C] float32; rows that it does not teach are 0."""
     taught: Tensor
     """[N] bool."""
     first_seconds: float
-    """The first batch: compilation and packing of weights too."""
+    """Of the first batch, with compilation and packing of weights."""
     rows_per_second: float
-    """Of all batches, once warm."""
+    """Of all batches after the first one."""
     memory: int
     """Bytes of weights and buffers."""
 
 
-def ask(pool: TeacherPool, rows: Sequence[Any], collate: Callable[[list[Any]], Any], batch_size: int) -> Answers:
-    """All logits of a pool of one teacher on encoded rows, in batches of rows of like length."""
-    order = np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def measure(
+    pool: LiveTeachers, rows: Sequence[Any], collate: Callable[[list[Any]], Mapping[str, Any]], batch_size: int
+) -> Measurement:
+    """All logits of a pool of one teacher on encoded rows, in batches of rows of similar length."""
+    parts = batches_by_length([len(row["input_ids"]) for row in rows], batch_size)
     batches = [collate([rows[int(i)] for i in part]) for part in parts]
     started = time.perf_counter()
-    pool.logits(batches[-1])
+    pool.ask(batches[-1])()
     first = time.perf_counter() - started
-    logits, taught = torch.zeros(len(rows), len(pool.label_names)), torch.zeros(len(rows), dtype=torch.bool)
+    logits, taught = torch.zeros(len(rows), len(pool.label_names or ())), torch.zeros(len(rows), dtype=torch.bool)
     started = time.perf_counter()
     for part, batch in zip(parts, batches, strict=True):
-        values, mask = pool.logits(batch)
-        logits[torch.from_numpy(part)], taught[torch.from_numpy(part)] = values[0].cpu(), mask[0].cpu()
+        answers = pool.ask(batch)()
+        logits[torch.from_numpy(part)] = dense(answers.outputs[0]).cpu()
+        taught[torch.from_numpy(part)] = answers.mask[0].cpu()
     seconds = time.perf_counter() - started
-    return Answers(logits, taught, first, int(taught.sum()) / seconds, pool.memory_footprint())
+    return Measurement(logits, taught, first, int(taught.sum()) / seconds, pool.memory_footprint())
 
 
 def compare(exact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,61 +73,67 @@ def changes(
     names: Sequence[str],
     languages: Sequence[str],
     language_ids: Tensor,
-    answers: dict[str, list[Answers]],
-    stats: dict[str, AMTSSStats],
+    measurements: Mapping[str, Sequence[Measurement]],
+    stats: Mapping[str, AMTSSStats],
 ) -> list[dict[str, Any]]:
     """One mapping for each teacher and precision but float32: figures per language, costs, and whether it is faithful.
 
     Args:
         names: of K teachers.
         languages: codes; `language_ids` [N] are places in it.
-        answers: for each precision, float32 first, the answers of the K teachers.
+        language_ids: of the measured rows.
+        measurements: for each precision, float32 first, those of the K teachers.
         stats: for each precision the loss's statistics with all K teachers in it.
     """
     results = []
-    exact = answers["float32"]
-    for precision in list(answers)[1:]:
+    for precision in list(measurements)[1:]:
+        # [K, N]
+        margins = (stats[precision].margins - stats["float32"].margins).abs()
+        weights = (stats[precision].weights - stats["float32"].weights).abs()
         for k, name in enumerate(names):
-            base, this = exact[k], answers[precision][k]
-            kl, same = compare(base.logits, this.logits)
-            margin = (stats[precision].margins[k] - stats["float32"].margins[k]).abs()
-            weight = (stats[precision].weights[k] - stats["float32"].weights[k]).abs()
+            base, this = measurements["float32"][k], measurements[precision][k]
             per_language = {}
             for index, code in enumerate(languages):
                 here = base.taught & (language_ids == index)
                 if here.any():
-                    per_language[code] = {
-                        "rows": int(here.sum()),
-                        "kl": float(kl[here].mean()),
-                        "agreement": float(same[here].double().mean()),
-                        "margin_change": float(margin[here].mean()),
-                        "weight_change": float(weight[here].mean()),
+                    per_language[code] = _figures(base.logits[here], this.logits[here]) | {
+                        "margin_change": float(margins[k][here].mean()),
+                        "weight_change": float(weights[k][here].mean()),
                     }
+            costs = _costs(base, this)
+            faithful = all(map(_within, per_language.values()))
             results.append(
-                {
-                    "teacher": name,
-                    "precision": precision,
-                    "languages": per_language,
-                    "speedup": this.rows_per_second / base.rows_per_second,
-                    "rows_per_second": this.rows_per_second,
-                    "first_seconds": this.first_seconds,
-                    "memory": this.memory,
-                    "memory_share": this.memory / base.memory,
-                    "faithful": all(map(_within, per_language.values())),
-                }
+                {"teacher": name, "precision": precision, "languages": per_language, **costs, "faithful": faithful}
             )
     return results
 
 
+def _figures(exact: Tensor, other: Tensor) -> dict[str, Any]:
+    kl, same = compare(exact, other)
+    return {"rows": len(exact), "kl": float(kl.mean()), "agreement": float(same.double().mean())}
+
+
+def _costs(base: Measurement, this: Measurement) -> dict[str, Any]:
+    return {
+        "speedup": this.rows_per_second / base.rows_per_second,
+        "rows_per_second": this.rows_per_second,
+        "first_seconds": this.first_seconds,
+        "memory": this.memory,
+        "memory_share": this.memory / base.memory,
+    }
+
+
 def _within(figures: dict[str, Any]) -> bool:
-    """Whether a language's figures are within the limits; a single row with another class never decides."""
+    """Whether a language's figures are within the limits; one row with another class is always allowed."""
     others = round((1 - figures["agreement"]) * figures["rows"])
     return bool(figures["kl"] <= LARGEST_KL and others <= max(1, (1 - LEAST_AGREEMENT) * figures["rows"]))
 
 
 def recommend(results: Sequence[dict[str, Any]], teacher: str) -> tuple[str, str]:
-    """The precision to use for a teacher, and why: of the faithful ones the fastest, if it beats float32 by 5 % at
-    least; else the smallest.
+    """The precision to use for a teacher, and why.
+
+    It is the fastest of the faithful ones if that beats float32 by at least 5 %, else float32; then the reason names
+    the faithful one that takes the least memory.
     """
     own = [r for r in results if r["teacher"] == teacher]
     faithful = [r for r in own if r["faithful"]]
@@ -132,9 +141,8 @@ def recommend(results: Sequence[dict[str, Any]], teacher: str) -> tuple[str, str
         return "float32", "no other precision stays within the limits in each language"
     fastest = max(faithful, key=lambda r: r["speedup"])
     if fastest["speedup"] >= 1.05:
-        return fastest[
-            "precision"
-        ], f"{fastest['speedup']:.2f} times as fast, {fastest['memory_share']:.0%} of the memory"
+        why = f"{fastest['speedup']:.2f} times as fast, {fastest['memory_share']:.0%} of the memory"
+        return fastest["precision"], why
     smallest = min(faithful, key=lambda r: r["memory_share"])
     return "float32", (
         f"no faithful precision is faster here; where memory is short {smallest['precision']} takes "

@@ -1,7 +1,7 @@
-"""Teachers that take turns on a device: of K models at most R lie there, the others wait in the CPU's pinned memory.
+"""Teachers that take turns on a device: at most R of K models lie there, the others in the CPU's pinned memory.
 
-The device keeps R slots of the size of the largest model, so that nothing is allocated in training. Weights are frozen:
-bringing a model in is one copy, taking it out none.
+The device has R slots of the size of the largest model, so nothing is allocated during training. Weights are frozen:
+moving a model in is one copy, moving it out needs none.
 """
 
 from __future__ import annotations
@@ -12,33 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# As CUDA aligns what it allocates.
+from amtss_fast.errors import UserError
+
+# Bytes; CUDA aligns its allocations to this.
 _ALIGNMENT = 256
 
 
 class Residence:
     """At most `resident` of the models on the device at a time.
 
-    Each turn is one model's. A copy goes through a stream of its own as soon as a slot is free: with two slots or more
-    the next model arrives while the present one works, with one slot it arrives between two turns. Models that are
-    there go first, so that a round of all K costs K - `resident` copies.
+    Each turn belongs to one model. Copies run in a stream of their own as soon as a slot is free: with two slots or
+    more the next model is copied while the present one runs, with one slot it is copied between two turns. Models on
+    the device have the first turns, so that a round of all K costs K - `resident` copies.
 
     Args:
         models: frozen, on the CPU, of ordinary dense tensors. Their parameters and buffers are moved to pinned memory.
-        names: how messages call them.
-        device: where they work.
-        resident: 1 to K - 1.
-        stream: in which they work.
+        names: their names in messages.
+        device: where they run.
+        resident: R, 1 to K - 1.
+        stream: the stream that they run in.
 
     Raises:
-        ValueError: `resident` outside its range; weights that are no ordinary tensors, as in 8 bits.
+        UserError: `resident` outside its range; weights that are no ordinary tensors, as in 8 bits.
     """
 
     def __init__(
         self, models: Sequence[nn.Module], names: Sequence[str], device: torch.device, resident: int, stream: Any
     ) -> None:
         if not 1 <= resident < len(models):
-            raise ValueError(f"resident must be 1 to {len(models) - 1} with {len(models)} teachers, got {resident}")
+            raise UserError(f"resident must be 1 to {len(models) - 1} with {len(models)} teachers, got {resident}")
         self._module = torch.get_device_module(device)
         self._stream = stream
         self._copies = self._module.Stream(device)
@@ -48,22 +50,23 @@ class Residence:
                 type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and t.dtype != torch.int8
                 for t in tensors
             ):
-                raise ValueError(
+                raise UserError(
                     f"teacher {name!r} has weights in a form of their own, as in 8 bits: teachers that take turns "
                     "(resident) are in float32 or bfloat16"
                 )
         self._host = [_packed(tensors, pin=device.type != "cpu") for tensors in self._tensors]
         size = max(len(host) for host in self._host)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(resident)]
-        # The memory of the slots may be in use still by what was enqueued before.
+        # Work that was enqueued before may still use the memory of the slots.
         self._copies.wait_stream(self._module.current_stream(device))
         self._holds: list[int | None] = [None] * resident
         self._arrived = [self._module.Event() for _ in range(resident)]
         self._left = [self._module.Event() for _ in range(resident)]
 
     def turns(self, wanted: Sequence[int]) -> Iterator[int]:
-        """Each of the models in `wanted`, in an order of its own; until the next one its weights are there for what is
-        enqueued in `stream`.
+        """Yields each model of `wanted` once, those on the device first.
+
+        Until the next one is asked for, its weights are on the device for work that is enqueued in `stream`.
         """
         order = sorted(wanted, key=lambda k: k not in self._holds)
         for place, k in enumerate(order):
@@ -82,7 +85,7 @@ class Residence:
         leaving = self._holds[slot]
         if leaving is not None:
             _lay(self._tensors[leaving], self._host[leaving])
-        # Waits for nothing where nobody has worked in this slot yet.
+        # An event that was never recorded makes nothing wait: the slot has not been used yet.
         self._copies.wait_event(self._left[slot])
         with self._module.stream(self._copies):
             self._slots[slot][: len(self._host[k])].copy_(self._host[k], non_blocking=True)
@@ -92,7 +95,7 @@ class Residence:
 
 
 def _packed(tensors: Sequence[Tensor], pin: bool) -> Tensor:
-    """Moves the tensors into one block of bytes [size] on the CPU."""
+    """Moves the tensors into one block of bytes [size] uint8 on the CPU."""
     size = sum(_space(tensor) for tensor in tensors)
     block = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for tensor, place in zip(tensors, _places(tensors, block), strict=True):
@@ -102,7 +105,7 @@ def _packed(tensors: Sequence[Tensor], pin: bool) -> Tensor:
 
 
 def _lay(tensors: Sequence[Tensor], block: Tensor) -> None:
-    """Lets the tensors be what lies in a block."""
+    """Makes the tensors views of a block's contents."""
     for tensor, place in zip(tensors, _places(tensors, block), strict=True):
         tensor.data = place
 

@@ -1,4 +1,4 @@
-"""Cached logits: what comes back, kills, altered bytes, other content, and training from them."""
+"""Cached logits: what comes back, kills, altered bytes, other content."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from test_trainer import LANGUAGES, make_trainer
-from tiny import LABELS, tiny_teacher, tiny_tokenizer
+from datasets import Dataset, DatasetDict
+from tiny import tiny_teacher
 from torch import Tensor
 
-from amtss_fast.data.load import DistillationCollator
 from amtss_fast.loss.logits import QuantizedLogits, quantize_logits
-from amtss_fast.teachers import cache
-from amtss_fast.teachers.cache import ROW, CachedTeachers, CacheEntry, pool_logits
-from amtss_fast.teachers.teacher import TeacherPool
+from amtss_fast.teachers import ROW, CachedTeachers, CacheEntry, cache
 
 VALUES = torch.randn(37, 5, generator=torch.Generator().manual_seed(0)) * 5
 
@@ -166,47 +162,26 @@ def test_files_digest_is_of_the_content(tmp_path: Path) -> None:
     assert digest != cache.files_digest(second)
 
 
-@pytest.mark.parametrize("format", ["float32", "codes"])
-def test_training_from_the_cache_is_training_with_the_teachers(tmp_path: Path, format: str) -> None:
-    folders = [tiny_teacher(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
-    adaptive = {"importance_temperature": 0.1, "gap_temperature": 0.1}
-    live = make_trainer(tmp_path / "live", folders, logging_steps=1, **adaptive)
-    pool = live.teachers
-    assert isinstance(pool, TeacherPool)
-    cached = make_trainer(tmp_path / "cached", folders, logging_steps=1, **adaptive)
-    splits = {"train": cached.train_dataset, "validation": cached.eval_dataset}
-    parts = []
-    for teacher in pool.teachers:
-        alone = TeacherPool([teacher], label_names=LABELS, languages=LANGUAGES, tokenizer=tiny_tokenizer())
-        parts.append([])
-        for split, rows in splits.items():
-            entry = CacheEntry(tmp_path, teacher.name, split, {}, len(rows), 3, format, 40)
-            entry.compute(pool_logits(alone, rows, DistillationCollator(tiny_tokenizer()), 16))
-            parts[-1].append(entry.open())
-    cached.teachers = CachedTeachers(
-        parts,
-        names=pool.names,
-        priors=pool.prior.tolist(),
-        teaches=pool.teaches,
-        label_names=LABELS,
-        languages=LANGUAGES,
+def test_rows_are_numbered_through_the_cached_splits(tmp_path: Path) -> None:
+    entries = [make_entry(tmp_path), make_entry(tmp_path, split="validation", rows=7)]
+    for entry in entries:
+        entry.compute(logits)
+    teachers = CachedTeachers(
+        [[entry.open() for entry in entries]],
+        names=["a"],
+        priors=[1.0],
+        teaches=torch.tensor([[True, False]]),
+        label_names=list("vwxyz"),
+        languages=["en", "sw"],
     )
-    start = len(splits["train"])
-    cached.train_dataset = splits["train"].add_column(ROW, np.arange(start))
-    cached.eval_dataset = splits["validation"].add_column(ROW, np.arange(start, start + len(splits["validation"])))
-    histories = []
-    for trainer in (live, cached):
-        trainer.train()
-        trainer.evaluate()
-        keep = ("loss", "kd", "grad_norm", "eval_loss", "teacher_weight/a/sw", "teacher_margin/b/ur")
-        histories.append([[log.get(name) for name in keep] for log in trainer.state.log_history])
-    state = [trainer.model.state_dict() for trainer in (live, cached)]
-    if format == "float32":
-        assert histories[0] == histories[1]
-        assert all(torch.equal(state[0][name], state[1][name]) for name in state[0])
-    else:
-        losses = [[row[0] for row in history if row[0] is not None] for history in histories]
-        assert losses[0] != losses[1]
-        np.testing.assert_allclose(losses[0], losses[1], rtol=5e-3)
-    with pytest.raises(ValueError, match=f"the batch has no '{ROW}'"):
-        cached.teachers.logits({"language_ids": torch.tensor([0])})
+    sizes = {"train": 37, "validation": 7, "test": 3}
+    splits = DatasetDict({name: Dataset.from_dict({"n": list(range(size))}) for name, size in sizes.items()})
+    numbered = teachers.number_rows(splits)
+    assert numbered["train"][ROW][:] == list(range(37))
+    assert numbered["validation"][ROW][:] == list(range(37, 44))
+    assert numbered["test"].column_names == splits["train"].column_names == ["n"]
+    answers = teachers.ask({ROW: torch.tensor([39, 37]), "language_ids": torch.tensor([1, 0])})()
+    assert torch.equal(answers.outputs[0], VALUES[[2, 0]])
+    assert answers.mask.tolist() == [[False, True]]
+    with pytest.raises(IndexError, match="cached rows are 0 to 43, got 44"):
+        teachers.logits({ROW: torch.tensor([44]), "language_ids": torch.tensor([0])})

@@ -16,8 +16,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from amtss_fast.teachers import int8
-from amtss_fast.teachers.teacher import Teacher, load_teacher
+from amtss_fast._compat import transformers as compat
+from amtss_fast.teachers import Teacher, int8, load_teacher
+from amtss_fast.teachers.int8 import attention, engines, kernels
+from amtss_fast.teachers.int8.layers import LAYERS
 
 
 def engine(name: str) -> Any:
@@ -27,13 +29,13 @@ def engine(name: str) -> Any:
 
 ON_CPU = [engine("native"), engine("onednn")]
 native = pytest.mark.skipif(int8.why_missing("native") is not None, reason=str(int8.why_missing("native")))
+loads = pytest.mark.skipif(compat.why_no_int8_loading() is not None, reason=str(compat.why_no_int8_loading()))
 
 
 def packed(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> int8.Int8Linear:
-    kind = int8._LAYERS[name]
+    kind = LAYERS[name]
     layer = kind(weight.shape[1], weight.shape[0], bias is not None)
-    values = int8._Quantize(kind.largest_code()).convert({"weight": weight})
-    layer.weight, layer.scale = values["weight"], values["scale"]
+    layer.weight, layer.scale = (nn.Parameter(values, requires_grad=False) for values in kind.quantize(weight))
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     layer.pack()
     return layer
@@ -54,7 +56,7 @@ def test_the_product_is_that_of_the_codes(name: str, shape: tuple[int, int, int]
     x[n // 2] = 0
     bias = torch.randn(outputs, generator=generator)
     # The same codes in float64.
-    scale = weight.abs().amax(1) / int8._LAYERS[name].largest_code()
+    scale = weight.abs().amax(1) / LAYERS[name].largest_code()
     if name == "native":
         least, largest = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
         step = (largest / 255 - least / 255).clamp(min=1e-30)
@@ -130,30 +132,30 @@ def test_attention(shape: tuple[int, ...], masked: str) -> None:
         # Nothing to attend to.
         mask[0, 0, 0] = False
     arguments = [t.transpose(1, 2) for t in (q, k, v)]
-    out = int8.cpu.attention(*arguments, mask, 0.3)
+    out = kernels.attention(*arguments, mask, 0.3)
     exact = attend_exactly(*arguments, mask, 0.3)
     assert float((out - exact).abs().max()) < 2e-6 * 16 * (1 + float(exact.abs().max()))
     # A row's bits do not depend on the batch, on keys that are masked, nor on threads.
     if masked == "keys":
         more = [F.pad(t, (0, 0, 0, 9)) for t in arguments[1:]]
-        longer = int8.cpu.attention(arguments[0], *more, F.pad(mask, (0, 9)), 0.3)
+        longer = kernels.attention(arguments[0], *more, F.pad(mask, (0, 9)), 0.3)
         assert torch.equal(longer, out)
-    assert torch.equal(int8.cpu.attention(*(t[:1] for t in arguments), mask, 0.3) if mask is None else out[:1], out[:1])
+    assert torch.equal(kernels.attention(*(t[:1] for t in arguments), mask, 0.3) if mask is None else out[:1], out[:1])
 
 
 @native
-def test_attention_of_others_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the native attention does not know goes to torch."""
+def test_other_attention_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that the kernel does not compute goes to torch."""
     calls: list[str] = []
-    original = int8.cpu.attention
-    monkeypatch.setattr(int8.cpu, "attention", lambda *a: (calls.append("native"), original(*a))[1])
+    original = kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda *a: (calls.append("native"), original(*a))[1])
     module = nn.Module()
     module.is_causal = False
     q, k, v = (torch.randn(2, 3, 9, 32) for _ in range(3))
 
     def ask(*tensors: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> bool:
         calls.clear()
-        out, _ = int8._attention(module, *tensors, mask, **options)
+        out, _ = attention.attention(module, *tensors, mask, **options)
         if mask is not None and mask.dtype != torch.bool:
             bias = mask
         else:
@@ -256,6 +258,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(tmp_path: Path, engine: st
         assert torch.equal(alone, everything[rows])
 
 
+@loads
 def test_loading_holds_one_float_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_teacher(tmp_path, num_hidden_layers=3)
     seen: list[weakref.ref] = []
@@ -268,14 +271,17 @@ def test_loading_holds_one_float_weight_at_a_time(tmp_path: Path, monkeypatch: p
         most = max(most, sum(ref() is not None for ref in seen))
         return original(self, input_dict, **kwargs)
 
-    original = int8._Quantize.convert
-    monkeypatch.setattr(int8._Quantize, "convert", convert)
+    from amtss_fast._compat.loading import _Replace
+
+    original = _Replace.convert
+    monkeypatch.setattr(_Replace, "convert", convert)
     load_teacher(folder, precision="int8")
     assert len(seen) == 18
     # The one at hand, and one that the loop may not have let go yet.
     assert most <= 2
 
 
+@loads
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_the_float_weights_are_not_kept(tmp_path: Path) -> None:
     folder = tiny_teacher(tmp_path)
@@ -302,9 +308,20 @@ def test_one_compilation_serves_all_shapes(tmp_path: Path, monkeypatch: pytest.M
     assert counter.frame_count == 1
 
 
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, and before anything is read: some versions would load wrong weights in silence."""
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    for engine in (None, *int8.ENGINES):
+        with pytest.raises(ImportError, match=r"8-bit loading needs transformers>=5\.23, installed is 5\.22\.2"):
+            load_teacher("nowhere", precision="int8", engine=engine)
+    monkeypatch.setattr("transformers.__version__", "5.23.0.dev0")
+    assert compat.why_no_int8_loading() is None
+
+
+@loads
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_teacher(tmp_path)
-    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     for engine in ("bitsandbytes", "torchao"):
         with pytest.raises(ImportError, match=f"engine '{engine}': it is not installed: pip install {engine}"):
             load_teacher(folder, precision="int8", engine=engine)
@@ -313,10 +330,10 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for engine in ("native", "onednn"):
         with pytest.raises(ValueError, match=f"engine '{engine}' runs on the CPU, not on cuda"):
             int8.choose_engine(engine, torch.device("cuda"))
-    monkeypatch.setattr(int8.cpu, "has_int8", lambda: False)
+    monkeypatch.setattr(kernels, "has_int8", lambda: False)
     assert int8.choose_engine(None, torch.device("cpu")) == "onednn"
     with pytest.raises(ImportError, match="engine 'native': it needs a CPU with AVX-512 VNNI"):
         load_teacher(folder, precision="int8", engine="native")
-    monkeypatch.setattr(int8.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(engines.platform, "machine", lambda: "aarch64")
     with pytest.raises(ImportError, match="engine 'onednn': it runs on x86-64 CPUs, this is aarch64"):
         load_teacher(folder, precision="int8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amtss_fast import amtss_loss
-from amtss_fast.teachers.precision import Answers, _within, changes, compare, format_changes, recommend
+from amtss_fast.teachers.precision import Measurement, _within, changes, compare, format_changes, recommend
 
 
 def test_compare() -> None:
@@ -30,11 +30,11 @@ def test_changes_are_those_of_each_teacher_and_language() -> None:
     taught = torch.ones(2, 40, dtype=torch.bool)
     ids = torch.arange(40) % 2
     taught[1] = ids == 1
-    answers, stats = {}, {}
+    measured, stats = {}, {}
     for name, logits in (("float32", exact), ("int8", other)):
-        answers[name] = [Answers(t, m, 1.0, 20.0, 100) for t, m in zip(logits, taught, strict=True)]
+        measured[name] = [Measurement(t, m, 1.0, 20.0, 100) for t, m in zip(logits, taught, strict=True)]
         _, stats[name] = amtss_loss(torch.zeros(40, 3), logits, teacher_mask=taught, return_stats=True)
-    results = changes(["a", "b"], ["en", "sw", "ur"], ids, answers, stats)
+    results = changes(["a", "b"], ["en", "sw", "ur"], ids, measured, stats)
     assert [list(r["languages"]) for r in results] == [["en", "sw"], ["sw"]]
     kl, same = compare(exact[0], other[0])
     sw = results[0]["languages"]["sw"]

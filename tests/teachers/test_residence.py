@@ -16,12 +16,10 @@ from test_teachers import make_batch, make_pool
 from tiny import tiny_teacher
 from torch import nn
 
+from amtss_fast.runs import distil
 from amtss_fast.runs.config import load_config
-from amtss_fast.runs.run import run
-from amtss_fast.teachers import residence
-from amtss_fast.teachers import teacher as teachers
-from amtss_fast.teachers.residence import Residence
-from amtss_fast.teachers.teacher import load_teacher
+from amtss_fast.teachers import Residence, TeacherPool, load_teacher, residence
+from amtss_fast.teachers.int8 import why_missing
 
 CPU = torch.device("cpu")
 
@@ -172,7 +170,7 @@ def test_what_cannot_take_turns(tmp_path: Path) -> None:
             make_pool(*loaded)._take_turns(CPU, resident)
 
 
-@pytest.mark.skipif(teachers.int8.why_missing("onednn") is not None, reason="no onednn")
+@pytest.mark.skipif(why_missing("onednn") is not None, reason="no onednn")
 def test_8_bits_do_not_take_turns(tmp_path: Path) -> None:
     loaded = [load_teacher(tiny_teacher(tmp_path / p), precision=p) for p in ("float32", "int8")]
     with pytest.raises(ValueError, match=r"teacher 'int8' has weights in a form of their own, as in 8 bits"):
@@ -182,7 +180,7 @@ def test_8_bits_do_not_take_turns(tmp_path: Path) -> None:
 def test_a_run_without_a_gpu_refuses(tmp_path: Path) -> None:
     settings = [f"output_dir={tmp_path / 'run'}", "training.use_cpu=true", "teachers_resident=1"]
     with pytest.raises(ValueError, match="teachers_resident = 1 is for GPUs, this run is on cpu"):
-        run(load_config("demo", settings))
+        distil(load_config("demo", settings))
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"teachers_resident moves teachers in float32 and bfloat16, .* is in int8"):
         load_config("demo", [*settings, "teachers.0.precision=int8"])
@@ -193,7 +191,7 @@ def test_the_student_runs_between_question_and_answer(tmp_path: Path, monkeypatc
     streams = Streams()
     module = streams.module(CPU)
     pool = make_pool(load_teacher(tiny_teacher(tmp_path)))
-    monkeypatch.setattr(teachers.torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     pool.teachers[0].model.register_forward_hook(lambda *_: work.append(streams.do(streams.current)))
     work: list[int] = []
     inputs = streams.do("default")
@@ -207,8 +205,8 @@ def test_the_student_runs_between_question_and_answer(tmp_path: Path, monkeypatc
     assert work[0] in streams.known["default"]
 
 
-def streams_name(pool: teachers.TeacherPool) -> str:
-    name: str = pool._stream(CPU).name
+def streams_name(pool: TeacherPool) -> str:
+    name: str = pool._streams.of(CPU).name
     return name
 
 

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from amtss_fast import AMTSSForSequenceClassification, amtss_loss
-from amtss_fast.teachers.teacher import _COLUMNS, Teacher, TeacherPool, load_teacher
+from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
+from amtss_fast.teachers.batching import LENGTH_MULTIPLE
 
 LANGUAGES = ["en", "es", "sw", "de", "ur"]
 OTHER_TEXTS = ["zebra quilt jump", "lazy dogs over", "ไทย ไทย", "мир мир"] * 3
@@ -63,7 +64,7 @@ class Spy:
         assert torch.equal(seen[n:], seen[:1].expand_as(seen[n:]))
         if expected.dim() == 2:
             width = expected.shape[1]
-            assert seen.shape[1] in (width, width + -width % _COLUMNS)
+            assert seen.shape[1] in (width, width + -width % LENGTH_MULTIPLE)
             assert not seen[:, width:].any()
             expected = nn.functional.pad(expected, (0, seen.shape[1] - width))
         assert torch.equal(seen[:n], expected)

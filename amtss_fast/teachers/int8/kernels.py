@@ -8,7 +8,7 @@ from torch import Tensor
 from amtss_fast.loss.backends import cpu
 
 if cpu.why_missing() is None:
-    from amtss_fast import _cpu
+    import amtss_fast._cpu as _cpu
 
 
 def has_int8() -> bool:
