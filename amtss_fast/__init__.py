@@ -17,21 +17,21 @@ from amtss_fast.loss import (
 )
 
 if TYPE_CHECKING:
-    from amtss_fast.models.student import AMTSSConfig, AMTSSForSequenceClassification
-    from amtss_fast.teachers.teacher import Teacher, TeacherPool, load_teacher
-    from amtss_fast.training.trainer import AMTSSTrainer, AMTSSTrainingArguments
+    from amtss_fast.models import AMTSSConfig, AMTSSForSequenceClassification
+    from amtss_fast.teachers import Teacher, TeacherPool, load_teacher
+    from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments
 
 __version__ = "0.1.0"
 
 # The training half stands on transformers, datasets and accelerate: imported when it is first named.
 _TRAINING = {
-    "AMTSSConfig": "models.student",
-    "AMTSSForSequenceClassification": "models.student",
-    "AMTSSTrainer": "training.trainer",
-    "AMTSSTrainingArguments": "training.trainer",
-    "Teacher": "teachers.teacher",
-    "TeacherPool": "teachers.teacher",
-    "load_teacher": "teachers.teacher",
+    "AMTSSConfig": "models",
+    "AMTSSForSequenceClassification": "models",
+    "AMTSSTrainer": "training",
+    "AMTSSTrainingArguments": "training",
+    "Teacher": "teachers",
+    "TeacherPool": "teachers",
+    "load_teacher": "teachers",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Tasks of tokens: heads taken off, targets, masks, and a training that is exact under accumulation."""
+"""Tasks of tokens: loss, scores, and a training that is exact under accumulation."""
 
 from __future__ import annotations
 
@@ -11,195 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from datasets import Dataset
-from tiny import tiny_bert_config, tiny_tokenizer, weights, weights_of_two_processes
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForTokenClassification,
-    BertForMaskedLM,
-    PreTrainedModel,
-)
+from tiny import weights, weights_of_two_processes
+from tiny_tokens import LANGUAGES, TAGS, make_batch, make_rows, make_teachers, tiny_model, tokenizer
 
-from amtss_fast import QuantizedWeight, amtss_loss
-from amtss_fast.models.heads import OutputHead
-from amtss_fast.teachers.teacher import Teacher, load_teacher
+from amtss_fast import AMTSSTrainer, AMTSSTrainingArguments, amtss_loss
+from amtss_fast.data import LanguageModelCollator, token_targets
+from amtss_fast.training import find_task, score_metrics
 from amtss_fast.training.tasks import tokens
-from amtss_fast.training.tasks.tokens import (
-    LanguageModelCollator,
-    TokenTask,
-    TokenTeachers,
-    teacher_scores,
-    token_metrics,
-    token_targets,
-)
-from amtss_fast.training.trainer import AMTSSTrainer, AMTSSTrainingArguments
-
-LANGUAGES = ["en", "sw"]
-TAGS = ("O", "THING", "PLACE")
-
-
-def tiny_model(task: str, model_type: str, seed: int = 0, **options: Any) -> PreTrainedModel:
-    sizes = {
-        "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
-        "max_position_embeddings": 64, "num_key_value_heads": 1, "head_dim": 8, "embedding_size": 16,
-        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.3,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
-    known = AutoConfig.for_model(model_type)
-    config = AutoConfig.for_model(model_type, **{k: v for k, v in sizes.items() if hasattr(known, k)} | options)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        auto = {"masked-lm": AutoModelForMaskedLM, "causal-lm": AutoModelForCausalLM}
-        model = auto.get(task, AutoModelForTokenClassification).from_config(config)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def tokenizer() -> Any:
-    made = tiny_tokenizer(vocab_size=299)
-    made.add_special_tokens({"mask_token": "[MASK]"})
-    assert len(made) == 300
-    return made
-
-
-def make_rows(n: int = 48, seed: int = 0) -> Dataset:
-    rng = np.random.default_rng(seed)
-    words = ["apple", "dog", "cat", "table", "chair", "rain", "red", "under", "the", "paka", "gato"]
-    ids = tokenizer()([" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(n)])["input_ids"]
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids],
-                              "language_ids": rng.integers(2, size=n).tolist()})  # fmt: skip
-
-
-def make_batch(task: str, n: int = 6) -> dict[str, torch.Tensor]:
-    rows = make_rows(n)
-    if task != "token-classification":
-        return LanguageModelCollator(tokenizer(), task, mask_probability=0.4)(list(rows))
-    batch = LanguageModelCollator(tokenizer(), "causal-lm")(list(rows))
-    return batch | {"labels": batch["labels"] % 3 - (batch["input_ids"] % 7 == 0).long()}
-
-
-# Heads.
-
-
-@pytest.mark.parametrize(
-    ("task", "model_type", "scale"),
-    [
-        ("masked-lm", "bert", 1), ("masked-lm", "xlm-roberta", 1), ("masked-lm", "distilbert", 1),
-        ("masked-lm", "electra", 1), ("causal-lm", "gpt2", 1), ("causal-lm", "llama", 1), ("causal-lm", "phi", 1),
-        ("causal-lm", "cohere", 0.0625), ("causal-lm", "granite", 0.125),
-    ],
-)  # fmt: skip
-def test_hidden_states_and_head_give_the_logits(task: str, model_type: str, scale: float) -> None:
-    model = tiny_model(task, model_type, **({"logits_scaling": 8.0} if model_type == "granite" else {}))
-    head = OutputHead(model, "it")
-    assert head.scale == scale
-    ids = torch.randint(3, 300, (3, 7))
-    with torch.no_grad():
-        hidden = head.hidden(model, input_ids=ids)
-        assert hidden.shape[:2] == (3, 7)
-        torch.testing.assert_close(F.linear(hidden, head.weight, head.bias), model(input_ids=ids).logits)
-
-
-class _Capped(BertForMaskedLM):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        output.logits = self.change(output.logits)
-        return output
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda z: 30 * (z / 30).tanh(), "changes its logits behind its output embeddings"),
-        (lambda z: z.clamp(max=20), "changes its logits behind its output embeddings"),
-        (lambda z: z + 0.5, "adds to its logits"),
-        (lambda z: z[..., :100], "does not make its logits by calling its output embeddings once"),
-        (lambda z: z.softmax(-1), "adds to its logits"),
-    ],
-)
-def test_logits_that_are_changed_behind_the_head_are_refused(change: Any, message: str) -> None:
-    model = _Capped(tiny_bert_config())
-    model.change = change
-    with pytest.raises(ValueError, match=message):
-        OutputHead(model, "it")
-
-
-def test_heads_that_cannot_be_taken_off() -> None:
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes .* \(final_logit_softcapping = 30.0\)"):
-        OutputHead(tiny_model("causal-lm", "gemma2"), "it")
-    with pytest.raises(ValueError, match="BertForTokenClassification has no output embeddings"):
-        OutputHead(tiny_model("token-classification", "bert"), "it")
-    # Its bias lies outside of the head, and is 0 as long as nobody trains it.
-    esm = tiny_model("masked-lm", "esm", mask_token_id=4)
-    esm.lm_head.bias.data.zero_()
-    with pytest.raises(ValueError, match="adds to its logits"):
-        OutputHead(esm, "it")
-
-
-# Targets and masks.
-
-
-def test_targets() -> None:
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 7, 0], [0, 8, 9, 4]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]),
-        "labels": torch.tensor([[5, 6, -100, 0], [0, 8, 9, 4]]),
-    }
-    assert token_targets("masked-lm", batch).tolist() == [[5, 6, -100, -100], [-100, 8, 9, 4]]
-    # Position t predicts t + 1: never padding, never the first token, never from padding.
-    assert token_targets("causal-lm", batch).tolist() == [[6, -100, -100, -100], [-100, 9, 4, -100]]
-    with pytest.raises(ValueError, match=r"must have the shape of input_ids \[2, 4\] for task 'masked-lm', got \[2\]"):
-        token_targets("masked-lm", batch | {"labels": torch.zeros(2)})
-
-
-def test_masks_depend_on_seed_epoch_and_row_alone() -> None:
-    tok, rows = tokenizer(), list(make_rows(400))
-    collate = LanguageModelCollator(tok, "masked-lm", seed=3)
-    whole, parts = collate(rows), [collate(rows[i : i + 7]) for i in range(0, 400, 7)]
-    for name in ("input_ids", "labels"):
-        flat = [batch[name][batch["attention_mask"].bool()] for batch in parts]
-        assert torch.equal(whole[name][whole["attention_mask"].bool()], torch.cat(flat))
-    original = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
-    picked = whole["labels"] >= 0
-    special = torch.isin(original, torch.tensor(tok.all_special_ids))
-    assert not (picked & special).any()
-    assert torch.equal(whole["labels"][picked], original[picked])
-    assert torch.equal(whole["input_ids"][~picked], original[~picked])
-    n = int((~special).sum())
-    assert abs(int(picked.sum()) / n - 0.15) < 4 * (0.15 * 0.85 / n) ** 0.5
-    share = float((whole["input_ids"][picked] == tok.mask_token_id).float().mean())
-    assert 0.7 < share < 0.9
-    collate.epoch = 1
-    assert not torch.equal(collate(rows)["labels"], whole["labels"])
-    with pytest.raises(ValueError, match="task must be one of masked-lm, causal-lm; got 'x'"):
-        LanguageModelCollator(tok, "x")
-    with pytest.raises(ValueError, match=r"mask_probability must be in \(0, 1\), got 1"):
-        LanguageModelCollator(tok, "masked-lm", mask_probability=1)
-    with pytest.raises(ValueError, match="tokenizer with a mask token"):
-        LanguageModelCollator(tiny_tokenizer(), "masked-lm")
-
 
 # Loss and scores.
-
-
-def make_teachers(task: str, tok: Any) -> TokenTeachers:
-    types = {"causal-lm": ("llama", "gpt2", "cohere")}.get(task, ("bert", "electra", "bert"))
-    extra = {"id2label": dict(enumerate(TAGS[::-1]))} if task == "token-classification" else {}
-    models = [tiny_model(task, t, seed, **extra) for seed, t in enumerate(types, 1)]
-    if task != "token-classification":
-        # Padded to another size.
-        models[2].resize_token_embeddings(312)
-    languages = (None, ["sw"], None)
-    teachers = [
-        Teacher(m, name=f"t{k}", languages=codes, tokenizer=tok, prior=1.0 + k)
-        for k, (m, codes) in enumerate(zip(models, languages, strict=True))
-    ]
-    names = TAGS if task == "token-classification" else None
-    return TokenTeachers(teachers, task=task, languages=LANGUAGES, tokenizer=tok, label_names=names)
 
 
 @pytest.mark.parametrize("task", ["masked-lm", "causal-lm", "token-classification"])
@@ -225,7 +45,9 @@ def test_loss_and_scores_are_those_of_all_logits(task: str) -> None:
     )  # fmt: skip
     parameters = list(student.parameters())
     wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
-    loss, got_stats, language_ids = TokenTask(task, student, LANGUAGES).loss(student, batch, teachers, **options)
+    objective = find_task(task).objective(student)
+    step = objective.step(student, batch, teachers, **options)
+    loss, got_stats, language_ids = step.loss, step.stats, step.rows.language_ids
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for a, b in zip(torch.autograd.grad(loss, parameters, allow_unused=True), wanted, strict=True):
         assert (a is None) == (b is None)
@@ -237,10 +59,10 @@ def test_loss_and_scores_are_those_of_all_logits(task: str) -> None:
     assert torch.equal(language_ids, batch["language_ids"].repeat_interleave(length)[counts])
 
     # Scores of the student, and of a teacher that does not teach every sequence.
-    labelled = targets.clamp(min=-1) >= 0
+    labeled = targets.clamp(min=-1) >= 0
     for scores, z, taught in (
-        (TokenTask(task, student, LANGUAGES).scores(student, batch), student(**inputs).logits.flatten(0, 1), labelled),
-        (teacher_scores(teachers, batch)[1], logits[1], labelled & rows_sw),
+        (objective.scores(student, batch), student(**inputs).logits.flatten(0, 1), labeled),
+        (find_task(task).teacher_scores(teachers, batch)[1], logits[1], labeled & rows_sw),
     ):
         losses = F.cross_entropy(z, targets.masked_fill(~taught, -100), reduction="none").view(-1, length).sum(1)
         torch.testing.assert_close(scores[:, 0], losses, rtol=1e-4, atol=1e-5)
@@ -249,57 +71,9 @@ def test_loss_and_scores_are_those_of_all_logits(task: str) -> None:
         assert torch.equal(scores[:, 2], taught.view(-1, length).sum(1).float())
 
 
-def test_teachers_must_fit() -> None:
-    tok, model = tokenizer(), tiny_model("masked-lm", "bert")
-
-    def pool(**options: Any) -> TokenTeachers:
-        given: dict[str, Any] = {"task": "masked-lm", "languages": LANGUAGES, "tokenizer": tok}
-        teachers = [Teacher(model, name="a", **options.pop("teacher", {}))]
-        return TokenTeachers(options.pop("teachers", teachers), **given | options)
-
-    for options, message in (
-        ({"task": "summary"}, "task must be one of masked-lm"),
-        ({"teachers": []}, "at least one teacher"),
-        ({"teachers": [Teacher(model, name="a")] * 2}, "different names"),
-        ({"label_names": TAGS}, "label_names belong to token-classification"),
-        ({"teacher": {"tokenizer": tiny_tokenizer()}}, "teacher 'a' has another tokenizer"),
-        ({"teacher": {"languages": ["ur"]}}, "teaches ur, which the student has not"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            pool(**options)
-    model.cls.predictions.transform.LayerNorm.weight.data[3] = torch.nan
-    student = tiny_model("masked-lm", "bert")
-    task = TokenTask("masked-lm", student, LANGUAGES)
-    with pytest.raises(RuntimeError, match=r"teacher 'a' \(torch.float32\) gave values that are not finite"):
-        task.loss(student, make_batch("masked-lm"), pool())
-
-
-@pytest.mark.parametrize(("task", "model_type", "tied"), [("masked-lm", "bert", True), ("causal-lm", "llama", False)])
-def test_an_8_bit_teacher_has_an_8_bit_head(tmp_path: Path, task: str, model_type: str, tied: bool) -> None:
-    tok = tokenizer()
-    tiny_model(task, model_type).save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    student, batch = tiny_model(task, model_type, seed=1), make_batch(task)
-    losses, sizes, scores = [], [], []
-    for precision in ("float32", "int8"):
-        teacher = load_teacher(tmp_path, task=task, precision=precision)
-        pool = TokenTeachers([teacher], task=task, languages=LANGUAGES, tokenizer=tok)
-        losses.append(TokenTask(task, student, LANGUAGES).loss(student, batch, pool)[0].item())
-        sizes.append(teacher.memory_footprint())
-        scores.append(teacher_scores(pool, batch)[0][:, 0].sum().item())
-    codes = pool.heads[0].weight
-    assert isinstance(codes, QuantizedWeight)
-    assert (codes.codes.data_ptr() == teacher.model.get_input_embeddings().weight.data_ptr()) == tied
-    assert losses[1] == pytest.approx(losses[0], rel=0.1)
-    assert losses[1] != losses[0]
-    assert scores[1] == pytest.approx(scores[0], rel=0.1)
-    # Two matrices of 300 x 16 in float32, or one that both share.
-    assert sizes[0] - sizes[1] > 0.7 * 300 * 16 * 4 * (1 if tied else 2)
-
-
 def test_metrics() -> None:
     scores = np.array([[2.0, 1, 2], [3.0, 3, 4], [0.5, 1, 1], [0.0, 0, 0]])
-    metrics = token_metrics(scores, np.array([0, 1, 0, 2]), ["en", "sw", "ur"])
+    metrics = score_metrics(scores, np.array([0, 1, 0, 2]), ["en", "sw", "ur"])
     assert metrics["accuracy"] == 5 / 7
     assert metrics["loss"] == pytest.approx(5.5 / 7)
     assert metrics["accuracy_en"] == 2 / 3
@@ -308,8 +82,8 @@ def test_metrics() -> None:
     assert metrics["worst_accuracy"] == 2 / 3
     assert metrics["macro_accuracy"] == pytest.approx((2 / 3 + 3 / 4) / 2)
     assert "accuracy_ur" not in metrics
-    with pytest.raises(ValueError, match="no labelled token"):
-        token_metrics(np.zeros((2, 3)), np.zeros(2, dtype=int), ["en"])
+    with pytest.raises(ValueError, match="no label in 2 rows"):
+        score_metrics(np.zeros((2, 3)), np.zeros(2, dtype=int), ["en"])
 
 
 # Training.

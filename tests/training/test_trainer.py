@@ -12,11 +12,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny import LABELS, tiny_bert_config, tiny_teacher, tiny_tokenizer, weights, weights_of_two_processes
 
-from amtss_fast.data.load import DistillationCollator, encode
-from amtss_fast.data.sampling import LanguageSampler
-from amtss_fast.models.student import AMTSSForSequenceClassification
-from amtss_fast.teachers.teacher import TeacherPool, load_teacher
-from amtss_fast.training.trainer import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
+from amtss_fast import AMTSSForSequenceClassification
+from amtss_fast.data import DistillationCollator, LanguageSampler, encode
+from amtss_fast.teachers import TeacherPool, load_teacher
+from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments, classification_metrics
 
 LANGUAGES = ["en", "sw", "ur"]
 # The strategy changes with every step: what holds with it holds without.
@@ -197,8 +196,8 @@ def test_adaptive_sampling_resumes_to_the_same_weights(
     options |= {"gap_temperature": 0.02}
     whole = make_trainer(tmp_path / "run", teacher_folders, **options)
     whole.train()
-    assert whole._language_sampler is not None
-    drawn = whole._language_sampler.state_dict()
+    assert whole.language_sampler is not None
+    drawn = whole.language_sampler.state_dict()
     assert drawn["epoch"] == epochs - 1
     if epochs == 1:
         # Later the student has caught up, and there is no gap left to weigh.
@@ -302,5 +301,5 @@ def test_metrics_of_each_language() -> None:
     assert metrics["count_en"] == 3
     assert metrics["loss_en"] == pytest.approx(-(math.log(0.7) + math.log(0.8) + math.log(0.4)) / 3)
     assert "accuracy_ur" not in metrics
-    with pytest.raises(ValueError, match="no labelled row among 5"):
+    with pytest.raises(ValueError, match="no labeled row among 5"):
         classification_metrics(logits, np.full(5, -1), np.zeros(5), ["en"])
