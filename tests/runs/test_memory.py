@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from tiny import tiny_bert_config
 from transformers import BertForMaskedLM
 
 from amtss_fast._system.memory import give_back, peak_of, used
+from amtss_fast.data import train_tokenizer
 from amtss_fast.runs.config import MemoryConfig, load_config
-from amtss_fast.runs.memory import Loading, make_plan, parse_budget
-from amtss_fast.runs.run import open_run, train_tokenizer
+from amtss_fast.runs.fitting import _loadings
+from amtss_fast.runs.memory_plan import Loading, make_plan, parse_budget
+from amtss_fast.runs.setup import prepare
 
 WORDS = ["apple", "dog", "cat", "table", "chair", "rain", "red", "under"]
 CPU = torch.device("cpu")
@@ -121,10 +124,12 @@ def test_too_small_a_budget() -> None:
 
 def test_ways_to_load_the_teachers(tmp_path: Path) -> None:
     """Taking turns is for GPUs and exact; fewer bits are approximate."""
+    base = prepare(load_config("demo", ["data.languages=[en]", "tokenizer.vocab_size=600", "training.use_cpu=true"]))
 
     def ways(device: str, *settings: str, approximate: bool = True) -> list[Loading]:
-        run = open_run(load_config("demo", [f"output_dir={tmp_path}", *settings]))
-        return run._loadings(MemoryConfig(budget="1GB", approximate=approximate), torch.device(device))
+        config = load_config("demo", [f"output_dir={tmp_path}", *settings])
+        setup = replace(base, config=config, device=torch.device(device))
+        return _loadings(setup, MemoryConfig(budget="1GB", approximate=approximate))
 
     bfloat16, int8 = Loading("bfloat16"), Loading("int8")
     assert ways("cpu") == [AS_IT_IS, bfloat16, int8]
@@ -174,7 +179,7 @@ from pathlib import Path
 import torch
 from amtss_fast.cli import main
 from amtss_fast._system.memory import give_back, used
-from amtss_fast.runs.memory import _FILL
+from amtss_fast.runs.memory_plan import _FILL
 runs = Path({str(tmp_path / "runs")!r})
 def train(name, budget, *more):
     settings = [f"output_dir={{runs / name}}", f"memory.budget={{budget}}", *more]

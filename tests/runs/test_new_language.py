@@ -12,11 +12,10 @@ import torch
 from tiny import tiny_teacher
 
 from amtss_fast.cli import main
-from amtss_fast.cli import main as cli
-from amtss_fast.data.load import load_data
-from amtss_fast.models.student import AMTSSForSequenceClassification, load_tokenizer
+from amtss_fast.data import load_data
+from amtss_fast.models import AMTSSForSequenceClassification, load_tokenizer
+from amtss_fast.runs import distil
 from amtss_fast.runs.config import RunConfig, load_config
-from amtss_fast.runs.run import run as carry_out
 
 ENCODER = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ["a red apple on the table", "the rain", "mvua na upepo", "paka mwekundu"]
@@ -44,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "save_strategy": "no",
         "ce_weight": 0.5,
     }
-    return carry_out(RunConfig.model_validate(values))
+    return distil(RunConfig.model_validate(values))
 
 
 def logits(folder: Path, languages: list[str]) -> torch.Tensor:
@@ -68,7 +67,7 @@ def test_the_other_languages_keep_their_bits(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All figures from where the run was.
-    monkeypatch.setattr(cli, "_device", lambda: "cpu")
+    monkeypatch.setattr("amtss_fast.cli.evaluate.inference_device", lambda: "cpu")
     old = logits(run, ["en", "en", "sw", "sw"])
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     # Nobody teaches French: labels alone.
@@ -95,7 +94,7 @@ def test_the_other_languages_keep_their_bits(
     assert "fr twice" in capsys.readouterr().err
 
 
-def test_unlabelled_texts_are_distilled(run: Path, tmp_path: Path) -> None:
+def test_unlabeled_texts_are_distilled(run: Path, tmp_path: Path) -> None:
     rows = load_data("cldr_topic", languages=["sw"])["train"].select(range(300))
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in rows["text"]), "utf-8")

@@ -18,14 +18,14 @@ import torch
 from amtss_fast._system.memory import available, used
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-# What a plan may be expected to need of the budget: the rest is for what it does not see, such as an allocator's holes.
+# The share of the budget that a plan may use; the rest is for what is not predicted, such as fragmentation.
 _FILL = 0.92
-# Of the memory that is free now, with the budget "auto".
+# The share of the free memory that the budget "auto" takes.
 _AUTO = 0.9
-# Below this, matrix products of a micro-batch get slow, and recomputing activations is the smaller loss.
+# With fewer rows, matrix products get slow and recomputing activations costs less.
 _SMALL = 8
 AS_CONFIGURED = "as configured"
-"""The precision of teachers that keep their own."""
+"""The precision of teachers that are loaded as the configuration says."""
 
 
 def parse_budget(budget: str | float, device: torch.device) -> int:
@@ -49,14 +49,14 @@ class Loading(NamedTuple):
     precision: str = AS_CONFIGURED
     """`as configured`, `bfloat16` or `int8`."""
     resident: int | None = None
-    """How many of them lie on the device at a time; None: as configured."""
+    """How many of them are on the device at a time; None: as configured."""
 
     def __str__(self) -> str:
         return self.precision if self.resident is None else f"{self.precision}, {self.resident} at a time on the device"
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What a training runs with, and the peak that it is expected to reach."""
 
     precision: str
@@ -95,7 +95,7 @@ def make_plan(
     loadings: Sequence[Loading],
     teachers: Callable[[Loading], AbstractContextManager[Callable[[int, bool, int], int]]],
     chunk_rows: int | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """The first plan that fits, of those that change the least.
 
     In this order: the whole batch at once; micro-batches, down to 8 rows; gradient checkpointing; smaller
@@ -123,7 +123,7 @@ def make_plan(
             continue
         if found is not None:
             micro_batch, checkpointing, expected = found
-            return Plan(
+            return MemoryPlan(
                 *loading,
                 loading.precision != loadings[0].precision,
                 micro_batch,

@@ -1,0 +1,158 @@
+"""Models, teachers and trainers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from amtss_fast.errors import UserError, user_errors
+from amtss_fast.models import AMTSSConfig
+from amtss_fast.runs.config import ModelConfig, TeacherConfig
+from amtss_fast.runs.setup import Setup, teacher_arguments
+from amtss_fast.teachers import LiveTeachers, Teacher, Teachers, load_teacher
+from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments
+
+
+def new_student(setup: Setup) -> Any:
+    """The student before its training: the same weights at every call."""
+    return new_model(setup, setup.config.student, setup.languages)
+
+
+def new_model(setup: Setup, model: ModelConfig, languages: Sequence[str]) -> Any:
+    """A model before its training, of the run's task and labels.
+
+    Raises:
+        UserError: a configuration or checkpoint that gives no such model.
+    """
+    set_seed(setup.config.seed)
+    options = model.model_dump(exclude={"encoder"})
+    with user_errors():
+        encoder: Any = model.encoder
+        if not isinstance(encoder, str):
+            tokenizer = setup.tokenizer
+            encoder = AutoConfig.for_model(
+                **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **encoder}
+            )
+        return setup.task.new_model(encoder, languages=languages, label_names=setup.label_names, **options)
+
+
+def find_teacher(setup: Setup, teacher: TeacherConfig) -> str | Path:
+    """Where a teacher is: its checkpoint, or the folder that this run trains it into."""
+    return teacher.path or setup.folder.teacher(teacher.name)
+
+
+def load_teachers(setup: Setup, teachers: Sequence[TeacherConfig] | None = None) -> LiveTeachers:
+    """The run's teachers, or others of its task, loaded. Those that the run trains must be there.
+
+    Raises:
+        UserError: a checkpoint that is no such teacher.
+    """
+    teachers = setup.config.teachers if teachers is None else teachers
+    turns = teachers_in_turns(setup, len(teachers))
+    with user_errors():
+        return setup.task.teachers(
+            # Those that take turns wait on the CPU.
+            [_load_teacher(setup, teacher, "cpu" if turns else setup.device) for teacher in teachers],
+            label_names=setup.label_names,
+            languages=setup.languages,
+            tokenizer=setup.tokenizer,
+            **turns,
+        )
+
+
+def _load_teacher(setup: Setup, teacher: TeacherConfig, device: Any) -> Teacher:
+    options = teacher.model_dump(exclude={"path", "model", "training"})
+    return load_teacher(find_teacher(setup, teacher), device=device, task=setup.task.name, **options)
+
+
+def taught_languages(setup: Setup, teacher: TeacherConfig) -> list[str]:
+    """The run's languages that a teacher teaches, from its configuration and without loading it."""
+    codes: Sequence[str] | None = teacher.languages
+    if codes is None:
+        with user_errors():
+            config = AutoConfig.from_pretrained(find_teacher(setup, teacher), trust_remote_code=False)
+        codes = config.languages if isinstance(config, AMTSSConfig) else setup.languages
+    return [code for code in setup.languages if code in codes]
+
+
+def teachers_in_turns(setup: Setup, n_teachers: int) -> dict[str, Any]:
+    """Arguments of a pool whose teachers take turns on the device; empty where all of them may stay there.
+
+    Raises:
+        UserError: `teachers_resident` without such a device.
+    """
+    resident = setup.config.teachers_resident
+    if resident is None or resident >= n_teachers:
+        return {}
+    if setup.device.type != "cuda":
+        raise UserError(
+            f"teachers_resident = {resident} is for GPUs, this run is on {setup.device}: on a CPU there is nowhere "
+            "to move teachers to"
+        )
+    return {"resident": resident, "device": setup.device}
+
+
+def train_teachers(setup: Setup) -> None:
+    """Trains the teachers that have no path and are not in the run's folder yet, each on the labels of its languages.
+
+    The folder must be open.
+    """
+    for teacher in setup.config.teachers:
+        target = setup.folder.teacher(teacher.name)
+        if teacher.model is None or target.is_dir():
+            continue
+        languages = teacher.languages or setup.languages
+        wanted = set(languages)
+        data = DatasetDict(
+            {
+                split: rows.filter(lambda language, wanted=wanted: language in wanted, input_columns="language")
+                for split, rows in setup.data.items()
+            }
+        )
+        model = new_model(setup, teacher.model, languages)
+        trainer = make_trainer(setup, model, data, None, teacher_arguments(setup.config, teacher), languages)
+        train(setup, trainer, target)
+
+
+def make_trainer(
+    setup: Setup,
+    model: PreTrainedModel,
+    data: DatasetDict,
+    teachers: Teachers | None,
+    arguments: AMTSSTrainingArguments,
+    languages: Sequence[str],
+) -> AMTSSTrainer:
+    """The trainer of a model on the splits of `data`, as texts."""
+    keep_text = teachers is not None and teachers.needs_text
+    encoded = setup.encode(data, languages=languages, keep_text=keep_text)
+    if teachers is not None:
+        encoded = teachers.number_rows(encoded)
+    with user_errors():
+        return AMTSSTrainer(
+            model,
+            arguments,
+            teachers=teachers,
+            languages=languages,
+            train_dataset=encoded["train"],
+            eval_dataset=encoded.get("validation"),
+            data_collator=setup.collator(keep_text),
+            processing_class=setup.tokenizer,
+        )
+
+
+def train(setup: Setup, trainer: AMTSSTrainer, target: Path) -> None:
+    """Trains, and saves the model as the folder `target`."""
+    if trainer.is_world_process_zero():
+        rows: Any = trainer.train_dataset
+        model: Any = trainer.model
+        texts = f"{len(rows):,} texts in {len(trainer.languages)} languages"
+        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+        print(f"\nTraining {target.name}: {texts}, {size}", flush=True)
+    checkpoint = get_last_checkpoint(trainer.args.output_dir) if setup.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    setup.folder.keep_model(trainer, target)

@@ -1,0 +1,141 @@
+"""The folder of a run: where everything lies in it, and how it is written.
+
+RUN/config.yaml      the configuration, in full
+RUN/teachers/NAME/   teachers that were trained here      RUN/labels-only/   the same student without teachers
+RUN/student/         the student and its tokenizer
+RUN/training/NAME/   checkpoints and TensorBoard logs of each training
+RUN/log.jsonl        the student's training log
+RUN/memory.json      the plan that `memory.budget` led to, and the measured peak
+RUN/metrics.json     scores on the test split             RUN/report.html    all of it, with pictures
+
+Whatever is written here is whole or absent: models and files get their name when they are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from amtss_fast._system.files import write_atomically
+from amtss_fast.errors import UserError
+from amtss_fast.runs.config import RunConfig
+from amtss_fast.runs.memory_plan import MemoryPlan
+
+_FILES = ("config.yaml", "log.jsonl", "memory.json", "metrics.json", "report.html")
+_FOLDERS = ("teachers", "student", "labels-only", "training")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places of a run folder and what is kept in them."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def student(self) -> Path:
+        """The student, once it is trained."""
+        return self.path / "student"
+
+    @property
+    def labels_only(self) -> Path:
+        """The student that was trained on labels alone."""
+        return self.path / "labels-only"
+
+    def teacher(self, name: str) -> Path:
+        """A teacher that was trained here."""
+        return self.path / "teachers" / name
+
+    def training(self, name: str) -> Path:
+        """Checkpoints and logs of a training."""
+        return self.path / "training" / name
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a student was trained here."""
+        return self.config.is_file() and self.student.is_dir()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is there."""
+        return not self.path.is_dir() or not any(self.path.iterdir())
+
+    def check(self, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raise FileExistsError where it holds other files, or a run and neither `overwrite` nor `resume` is set."""
+        if self.is_empty:
+            return
+        # Nothing that a run has not written is ever removed.
+        known = (*_FILES, *_FOLDERS)
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name.removesuffix(".partial") not in known)
+        if foreign or not self.config.is_file():
+            found = f"it has {', '.join(foreign[:5])}" if foreign else "it has no config.yaml"
+            raise FileExistsError(f"{self.path} is not empty and holds no run ({found}): choose another output_dir")
+        if not overwrite and not resume:
+            raise FileExistsError(
+                f"{self.path} is not empty and holds a run: choose another output_dir, --resume or --overwrite"
+            )
+
+    def open(self, config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Makes the folder a run of this configuration.
+
+        Raises:
+            FileExistsError: as :meth:`check`.
+            UserError: `resume` with another configuration.
+        """
+        self.check(overwrite=overwrite, resume=resume)
+        text = config.to_yaml()
+        if not self.is_empty and overwrite:
+            shutil.rmtree(self.path)
+        elif not self.is_empty and self.config.read_text(encoding="utf-8") != text:
+            raise UserError(f"cannot resume {self.path}: its config.yaml differs from this configuration")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, text)
+
+    def keep_model(self, trainer: Trainer, target: Path) -> None:
+        """Saves a trainer's model, with its tokenizer, as the folder `target`; call it in all processes."""
+        partial = target.with_name(target.name + ".partial")
+        trainer.save_model(str(partial))
+        if trainer.is_world_process_zero():
+            os.replace(partial, target)
+        trainer.accelerator.wait_for_everyone()
+
+    def write_log(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the log history of the student's training."""
+        lines = [json.dumps(nest(entry), ensure_ascii=False) for entry in history]
+        write_atomically(self.path / "log.jsonl", "\n".join(lines) + "\n")
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Writes the scores and what belongs to them."""
+        write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
+
+    def read_plan(self) -> MemoryPlan | None:
+        """The plan that is kept here; None if there is none."""
+        file = self.path / "memory.json"
+        return MemoryPlan(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def write_plan(self, plan: MemoryPlan) -> None:
+        """Keeps a plan."""
+        write_atomically(self.path / "memory.json", json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def nest(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A log entry with its slashed names as mappings: `teacher_weight/NAME/en` becomes `{"teacher_weight": ...}`."""
+    nested: dict[str, Any] = {}
+    for name, value in entry.items():
+        *parents, last = name.split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested

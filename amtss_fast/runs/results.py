@@ -1,0 +1,63 @@
+"""The scores of a run's models on its test split, and what `metrics.json` says beside them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+
+from amtss_fast.errors import UserError
+from amtss_fast.runs.memory_plan import MemoryPlan
+from amtss_fast.runs.setup import Setup
+from amtss_fast.teachers import Teachers
+from amtss_fast.training import evaluate
+
+
+def report_split(data: DatasetDict) -> str | None:
+    """The split to report on: the test split, else the validation split."""
+    return next((split for split in ("test", "validation") if split in data), None)
+
+
+def run_metrics(
+    setup: Setup, students: Mapping[str, Any], teachers: Teachers, sizes: Mapping[str, int], plan: MemoryPlan | None
+) -> dict[str, Any]:
+    """What `metrics.json` holds of a run, but for its times.
+
+    Raises:
+        UserError: the data has no split to evaluate on.
+    """
+    split = report_split(setup.data)
+    if split is None:
+        raise UserError(f"nothing to evaluate on: the data has the splits {list(setup.data)}, no test or validation")
+    rows = setup.encode(setup.data[split], keep_text=teachers.needs_text)
+    collator = setup.collator(teachers.needs_text)
+    taught = teachers.teaches.tolist()
+    return {
+        "task": setup.config.title or setup.config.task,
+        "languages": setup.languages,
+        "label_names": setup.label_names,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("amtss-fast", "torch", "transformers", "datasets", "accelerate")},
+        "machine": f"{machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+        "split": split,
+        "test": evaluate(setup.task, rows, collator, students, setup.languages, teachers),
+        "teacher_languages": {
+            name: [code for code, teaches in zip(setup.languages, row, strict=True) if teaches]
+            for name, row in zip(teachers.names, taught, strict=True)
+        },
+        "sizes": {**{name: model.num_parameters() for name, model in students.items()}, **sizes},
+        **({} if plan is None else {"memory": asdict(plan)}),
+        "config": setup.config.model_dump(),
+    }
+
+
+def machine() -> str:
+    """Processor type and number of cores."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
