@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_atomically(file: Path, data: str | bytes, partial: Path | None = None) -> None:
-    """The file holds all of `data` (text as UTF-8), or what it held before.
+    """Writes all of `data` (text as UTF-8) to the file, or leaves the file as it was.
 
     Args:
         partial: the name until it is whole, for writers that may meet; default: the file's with `.partial` behind it.
@@ -19,7 +19,7 @@ def write_atomically(file: Path, data: str | bytes, partial: Path | None = None)
 
 
 def publish(partial: Path, file: Path) -> None:
-    """Gives a finished file its name; the data reaches the disk before the name does."""
+    """Gives a finished file its name, after its data has reached the disk."""
     with open(partial, "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(partial, file)

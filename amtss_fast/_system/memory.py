@@ -35,7 +35,7 @@ def used(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """From now on :func:`peak` speaks of what comes after.
+    """Resets the peak that :func:`peak` returns.
 
     Raises:
         RuntimeError: on a CPU without Linux, which alone can forget an earlier peak.
@@ -66,7 +66,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """Hands what nobody uses back to the system, where the C library can."""
+    """Returns unused memory to the system, where the C library can."""
     gc.collect()
     cpu.release_memory()
     if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):

@@ -16,9 +16,7 @@ import pytest
 from transformers import pipeline
 
 from amtss_fast.cli import main
-from amtss_fast.cli import main as cli
-from amtss_fast.runs.config import load_config
-from amtss_fast.runs.run import nest
+from amtss_fast.errors import UserError
 
 TINY = "{model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
 SHORT = [
@@ -178,7 +176,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(run: Path, tmp_path: Pat
 
 def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the run was, for figures to the last bit.
-    monkeypatch.setattr(cli, "_device", lambda: "cpu")
+    monkeypatch.setattr("amtss_fast.cli.evaluate.inference_device", lambda: "cpu")
     assert main(["evaluate", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == read(run / "metrics.json")["test"]["student"]
     assert main(["evaluate", str(run)]) == 0
@@ -203,6 +201,12 @@ def test_predict(
     assert [answer["language"] for answer in answers] == ["sw", "en"]
     assert main(["predict", str(run), str(file), "--jsonl"]) == 2
     assert "line 2: no language" in capsys.readouterr().err
+    file.write_text('{"text": "mvua", "language": "sw"}\n{"text": \n')
+    assert main(["predict", str(run), str(file), "--jsonl"]) == 2
+    assert "line 2 is not JSON" in capsys.readouterr().err
+    file.write_text('{"text": "mvua", "language": "xx"}\n')
+    assert main(["predict", str(run), str(file), "--jsonl"]) == 2
+    assert "'xx'" in capsys.readouterr().err
 
 
 def test_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +223,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in out
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "report", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "cache", "teachers", "add-language", "evaluate", "predict", "report", "doctor"]
+)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -251,14 +257,55 @@ def test_wrong_configurations(
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_that_look_like_numbers_are_numbers() -> None:
-    config = load_config("demo", ["training.learning_rate=2e-5", "training.weight_temperature=.inf"])
-    assert config.training["learning_rate"] == 2e-5
-    assert config.training["weight_temperature"] == float("inf")
+def test_overrides_stand_before_and_after_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("amtss_fast.runs.distil", lambda config, **options: calls.append((config, options)) or tmp_path)
+    assert main(["train", "demo", "seed=1", "--resume", f"output_dir={tmp_path}", "title=new"]) == 0
+    (config, options), *others = calls
+    assert not others
+    assert (config.seed, config.output_dir, config.title) == (1, str(tmp_path), "new")
+    assert options == {"overwrite": False, "resume": True}
 
 
-def test_nest() -> None:
-    assert nest({"step": 1, "w/a/en": 0.5, "w/b/en": 0.25}) == {"step": 1, "w": {"a": {"en": 0.5}, "b": {"en": 0.25}}}
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "demo", "--resumed"], "unrecognized arguments: --resumed"),
+        (["train", "demo", "--seed=1", "output_dir=x"], "unrecognized arguments: --seed=1"),
+        (["train", "demo", "--resume", "--overwrite"], "not allowed with argument"),
+        (["train"], "required: config"),
+        (["report", "runs/demo", "seed=1"], "unrecognized arguments: seed=1"),
+        (["predict", "runs/demo", "--batch-size", "0"], "must be an integer of at least 1, got 0"),
+        (["traen", "demo"], "invalid choice: 'traen'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_mistyped_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_what_the_user_can_mend_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> None:
+        def raise_error(*_: Any, **options: Any) -> Path:
+            raise error
+
+        monkeypatch.setattr("amtss_fast.runs.distil", raise_error)
+
+    for mended in (UserError("no such data"), FileNotFoundError("no such data"), ImportError("no such data")):
+        fail(mended)
+        assert main(["train", "demo"]) == 2
+        assert capsys.readouterr().err == "amtss-fast train: no such data\n"
+        with pytest.raises(type(mended)):
+            main(["--trace", "train", "demo"])
+    for bug in (ValueError("a bug"), TypeError("a bug"), RuntimeError("a bug")):
+        fail(bug)
+        with pytest.raises(type(bug), match="a bug"):
+            main(["train", "demo"])
 
 
 def test_the_package_needs_torch_and_numpy_only() -> None:
@@ -268,7 +315,8 @@ before = set(sys.modules)
 import torch
 torch_needs = {name.partition(".")[0] for name in set(sys.modules) - before}
 import amtss_fast
-heavy = {"transformers", "datasets", "accelerate", "pyarrow", "matplotlib", "yaml", "pydantic", "triton"}
+heavy = {"transformers", "datasets", "accelerate", "pyarrow", "matplotlib", "yaml", "omegaconf", "pydantic", "jinja2"}
+heavy |= {"triton"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules} - torch_needs))
 import importlib.util
 real = importlib.util.find_spec
@@ -279,7 +327,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["[]", "the training half needs datasets: pip install 'amtss-fast[train]'"]
+    assert done.stdout.splitlines() == ["[]", "amtss_fast.training needs datasets: pip install 'amtss-fast[train]'"]
 
 
 def test_training_from_cached_logits(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
