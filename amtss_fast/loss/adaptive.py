@@ -1,19 +1,20 @@
-"""The adaptive strategy: which teachers a language leans on, and which languages deserve more weight.
+"""The adaptive strategy: the importance of each teacher in each language, and the weight of each language.
 
 Running means over training, per teacher k and language l, from the margins m[k, n] of each row that
 :func:`amtss_fast.amtss_loss` returns anyway: M[k, l], the teacher's margin, S[l], the student's, and A[k, l], the
 teacher's share of the rows::
 
     share of a row       a[k, n] = softmax over k of log alpha[k, l] + m[k, n] / importance_temperature
-    teacher importance   alpha[k, l] = max(floor, A[k, l]), normalised
+    teacher importance   alpha[k, l] = max(floor, A[k, l]), normalized
     gap                  G[l] = max(0, sum_k alpha[k, l] M[k, l] - S[l])
     language weight      r[l] ∝ exp(G[l] / gap_temperature), clipped to [1 / max_weight, max_weight]
 
 This is expectation maximisation for the weights of a mixture, a row's evidence for a teacher being
 exp(m / importance_temperature): with `weighting="label_nll"` and temperature 1 alpha maximises the likelihood that the
 mixture sum_k alpha[k, l] p_k gives the labels (Dempster, Laird & Rubin 1977; stacked generalisation, Wolpert 1992).
-A teacher earns importance by the rows in which it is better than the others, not by its mean: of two teachers that know
-half of the classes each, both keep theirs. A starts as if each language had had one row of equal shares.
+The importance of a teacher comes from the rows in which it is better than the others, not from its mean margin: two
+teachers that know half of the classes each both keep a high importance. A starts from one row of equal shares per
+language.
 
 r averages 1 over the rows seen so far, not over each batch, so that gradient accumulation and several processes are
 exact. The loss takes alpha as `teacher_prior` and r as `sample_weight`.
@@ -33,9 +34,9 @@ from torch import distributed as dist
 
 from amtss_fast.loss.contract import AMTSSStats
 
-# exp(-30) is no weight in float32 beside any other: a log-probability of -inf counts as this.
+# exp(-30) is negligible in float32; a log-probability of -inf is replaced by this.
 _LEAST_MARGIN = -30.0
-# Rows of equal shares that stand beside those seen: nothing seen is uniform. Many of them only slow it down.
+# Rows of equal shares that are added to those seen, so that no data gives uniform importance.
 _EQUAL_ROWS = 1.0
 # Steps of expectation maximisation over held-out rows.
 _START_STEPS = 50
@@ -48,18 +49,19 @@ class AdaptiveStrategy:
     >>> prior = adaptive.teacher_prior(language_ids)
     >>> loss, stats = amtss_loss(s, t, labels, teacher_prior=prior, return_stats=True)
     >>> adaptive.update(stats, language_ids, row_mask=labels >= 0)
-    >>> adaptive.step()  # after each optimiser step
+    >>> adaptive.step()  # after each optimizer step
 
     Args:
         n_teachers: K.
         n_languages: L; `language_ids` are in [0, L).
-        importance_temperature: > 0; small goes by which teacher is best in each row, inf is uniform. None: off,
+        importance_temperature: > 0; small values favor the best teacher of each row, inf is uniform. None: off,
             importance exactly 1.
-        gap_temperature: > 0; small favours the languages that lag behind, inf is uniform. None: off, weights exactly 1.
-        floor: in [0, 1 / K]: the least share of a teacher before normalisation, so that none starves.
+        gap_temperature: > 0; small values favor the languages that lag behind, inf is uniform. None: off,
+            weights exactly 1.
+        floor: in [0, 1 / K]: the smallest share of a teacher before normalization.
         max_weight: >= 1, bounds the language weights.
-        memory: rows that a running mean remembers, > 0; the plain mean until then, so that early rows count in full.
-        process_group: whose processes share one state; default: all, where `torch.distributed` is initialised.
+        memory: rows in a running mean, > 0; fewer rows are averaged with equal weights.
+        process_group: the processes that share one state; default: all, where `torch.distributed` is initialized.
 
     Raises:
         ValueError: an argument outside its range.
@@ -113,14 +115,14 @@ class AdaptiveStrategy:
         teacher_mask: Tensor | None = None,
         row_mask: Tensor | None = None,
     ) -> None:
-        """Notes a batch; it counts from the next :meth:`step` on. Nothing here waits for the device.
+        """Adds a batch; it takes effect at the next :meth:`step`. Nothing here waits for the device.
 
         Args:
             stats: of the loss.
             language_ids: [N] int64.
             teacher_mask: [K, N] bool, the one that the loss had.
-            row_mask: [N] bool, the rows that count. Leave out rows without a label where others have one: their
-                margins are only how sure a teacher is, which a wrong teacher is too.
+            row_mask: [N] bool, the rows to use. Leave out rows without a label where others have one: their margins
+                only measure how certain a teacher is, and a wrong teacher may be certain.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -137,7 +139,7 @@ class AdaptiveStrategy:
         row_mask: Tensor | None = None,
     ) -> None:
         """Takes margins [K, N] of held-out rows as the teachers' first running means; the shares are iterated until
-        they stay as they are. Give all rows in one call, in one process; :meth:`step` tells the others.
+        they converge. Pass all rows in one call, in one process; :meth:`step` shares them with the other processes.
         """
         padded = torch.cat([margins, margins.new_zeros(1, margins.shape[-1])]) if margins.dim() == 2 else margins
         values, counts, one_hot = self._rows_of(padded, language_ids, teacher_mask, row_mask)
@@ -146,11 +148,11 @@ class AdaptiveStrategy:
         rows = counts[:-1].float() @ one_hot
         for _ in range(_START_STEPS):
             shares = self._shares_of_rows(values, counts, one_hot, alpha)
-            alpha = self._normalised(shares @ one_hot, rows)
+            alpha = self._normalized(shares @ one_hot, rows)
         self._note(values, counts, one_hot, alpha)
 
     def step(self) -> None:
-        """Takes in what :meth:`update` noted, over all processes; call it in each of them after an optimiser step."""
+        """Applies what :meth:`update` added, over all processes; call it in each of them after an optimizer step."""
         device = self._means.device if self._pending is None else self._pending.device
         shape = (3 * self.n_teachers + 2, self.n_languages)
         pending = torch.zeros(shape, device=device) if self._pending is None else self._pending
@@ -206,7 +208,7 @@ class AdaptiveStrategy:
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a :meth:`state_dict`; options are not part of it.
+        """Restores a :meth:`state_dict`; options are not part of it.
 
         Raises:
             ValueError: other names, or another number of teachers or languages.
@@ -256,7 +258,7 @@ class AdaptiveStrategy:
         evidence = alpha.log() @ one_hot.T + values[:-1] / temperature
         return torch.where(counts[:-1], evidence.where(counts[:-1], -math.inf).softmax(0), 0.0)
 
-    def _normalised(self, shares: Tensor, rows: Tensor) -> Tensor:
+    def _normalized(self, shares: Tensor, rows: Tensor) -> Tensor:
         """[K, L] alpha from sums of shares and numbers of rows."""
         alpha = ((shares + _EQUAL_ROWS / self.n_teachers) / (rows + _EQUAL_ROWS)).clamp(min=self.floor)
         return alpha / alpha.sum(0)
@@ -272,7 +274,7 @@ class AdaptiveStrategy:
         """[K, L] alpha, uniform when it is off."""
         if self.importance_temperature is None:
             return torch.full_like(self._shares, 1 / self.n_teachers)
-        return self._normalised(self._shares * self.teacher_rows, self.teacher_rows)
+        return self._normalized(self._shares * self.teacher_rows, self.teacher_rows)
 
     def _language_weights(self, alpha: Tensor) -> Tensor:
         ones = torch.ones_like(self._means[-1])
@@ -282,7 +284,7 @@ class AdaptiveStrategy:
         alpha = alpha * (self.teacher_rows > 0)
         alpha = alpha / alpha.sum(0).clamp(min=1e-30)
         gap = ((alpha * self.teacher_margin).sum(0) - self.student_margin).clamp(min=0)
-        # Languages of which nothing is known have weight 1 and no part in the mean.
+        # Languages without data have weight 1 and no part in the mean.
         known = (self._counts[-1] > 0) & (self.teacher_rows > 0).any(0)
         rows = (self._rows * known).float()
         weight = ((gap - gap.max()) / self.gap_temperature).exp()

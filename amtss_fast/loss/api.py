@@ -53,20 +53,21 @@ def amtss_loss(
         labels: [N] int64, or None for a batch without labels.
         temperature: tau > 0, of student and teachers.
         weighting: the margin that weighs the teachers, see above.
-        weight_temperature: beta in [0, inf]. 0 takes only the max-margin teacher (of equal ones the first), inf takes
-            no notice of the margins.
+        weight_temperature: beta in [0, inf]. 0 gives all weight to the max-margin teacher (the first of equal ones),
+            inf ignores the margins.
         teacher_prior: alpha, [K] or [K, N] float >= 0; 0 takes a teacher out. None: ones.
-        teacher_mask: [K, N] bool; False: this teacher does not teach this row, and is not looked at. None: all True.
+        teacher_mask: [K, N] bool; False: this teacher does not teach this row, its logits there are unused. None: all
+            True.
         sample_weight: r, [N] float >= 0; 0 takes a row out of the sum, but it still counts in the mean. None: ones.
-        kd_weight, ce_weight: >= 0, not both 0; a term of weight 0 is not evaluated.
+        kd_weight, ce_weight: >= 0, not both 0; a term of weight 0 is not computed.
         label_smoothing: of the cross entropy, in [0, 1).
         ignore_index: rows with this label are dropped: no loss, no gradient, not counted.
-        unlabeled_index: rows with this label have none: each teacher's own largest class stands for y in the margins,
+        unlabeled_index: rows with this label have no label: in the margins of each teacher y is its own largest class,
             there is no cross entropy, and the row counts.
         reduction: "mean" over the rows that count, "sum", or "none" for the loss of each row, [N].
         num_items: divides the sum in place of the number of rows that count (for gradient accumulation and data
             parallelism); only with reduction="mean". A number or a 0-d tensor.
-        return_stats: also return :class:`AMTSSStats`, at no second pass.
+        return_stats: also return :class:`AMTSSStats`, without another pass over the logits.
         backend: "cpu", "triton", "reference", or None for the best that runs these tensors.
 
     Returns:
@@ -78,7 +79,7 @@ def amtss_loss(
 
     Raises:
         ValueError, TypeError: wrong rank, shape, dtype or value of an argument, named in the message. Values inside
-            tensors are looked at on the CPU; on accelerators, where that would wait for the device, only with the
+            tensors are checked on the CPU; on accelerators, where a check waits for the device, only with the
             environment variable AMTSS_DEBUG=1 (otherwise a row with an impossible label is NaN).
         RuntimeError: teachers on another device, or a backend that is missing or cannot run these tensors.
 

@@ -1,7 +1,7 @@
 """Errors for bad input: each names the argument, what was given and what is allowed.
 
-Types, shapes and devices are checked in the public functions; values inside tensors in the operators, and only where
-looking at them costs nothing.
+The public functions check types, shapes and devices. The operators check values inside tensors, and only on devices
+where reading them does not wait.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def as_num_items(num_items: int | float | Tensor | None, reduction: str, device:
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Whether looking at its values costs nothing, or is asked for: on an accelerator it waits for the device."""
+    """Whether its values may be checked: on an accelerator, where that waits for it, only with AMTSS_DEBUG=1."""
     return tensor.device.type == "cpu" or os.environ.get("AMTSS_DEBUG") == "1"
 
 

@@ -1,4 +1,4 @@
-"""What a backend of the loss is given and what it gives back; the ground floor of this package.
+"""What a backend of the loss gets and returns.
 
 A backend is a module that satisfies :class:`Backend`. It imports nothing of this package but this file, `options`,
 `checks` and `logits`; :mod:`amtss_fast.loss.registry` finds it and :mod:`amtss_fast.loss.ops` calls it.
@@ -39,7 +39,7 @@ class LossInputs(NamedTuple):
 
 
 class AMTSSStats(NamedTuple):
-    """What the loss saw, detached, in float32 (float64 for float64 logits). Rows that are ignored hold 0."""
+    """Statistics of the rows, detached, in float32 (float64 for float64 logits). Rows that are ignored hold 0."""
 
     weights: Tensor
     """[K, N] importance of each teacher in each row; the weights of a row add up to 1 (0 without a teacher)."""
@@ -57,9 +57,9 @@ class LossOutputs(NamedTuple):
     loss: Tensor
     """[], or [N] with reduction="none", in `accumulation_dtype`."""
     grad: Tensor | None
-    """[N, C] contiguous, in `gradient_dtype`, of the reduced loss; None where it was not asked for."""
+    """[N, C] contiguous, in `gradient_dtype`, of the reduced loss; None without `need_grad`."""
     stats: AMTSSStats | None
-    """None where they were not asked for."""
+    """None without `need_stats`."""
 
 
 class Backend(Protocol):
@@ -67,7 +67,7 @@ class Backend(Protocol):
 
     @property
     def CHECKS_VALUES(self) -> bool:
-        """Whether `amtss_loss` itself raises for values that are not allowed; if not, the operator looks at them."""
+        """Whether `amtss_loss` itself raises for values that are not allowed; if not, the operator checks them."""
 
     @property
     def scale_gradient(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

@@ -15,7 +15,7 @@ from amtss_fast.loss.contract import accumulation_dtype
 
 
 class Sizes(NamedTuple):
-    """What suits a device."""
+    """Sizes that are efficient on a device."""
 
     # Bytes that the logits of a chunk may take. Fewer rows than `least_rows` make the products inefficient, so that
     # many classes may take more.
@@ -40,7 +40,7 @@ def sizes_of(device: torch.device) -> Sizes:
 
 
 def default_chunk_rows(n_rows: int, n_classes: int, n_teachers: int, itemsize: int, device: torch.device) -> int:
-    """Rows of a chunk: all chunks have about the same number."""
+    """How many rows a chunk has; all chunks have about the same number."""
     sizes = sizes_of(device)
     row_bytes = (n_teachers + 2) * n_classes * itemsize
     most = max(sizes.least_rows, sizes.chunk_bytes // row_bytes // sizes.rows * sizes.rows)
@@ -49,7 +49,7 @@ def default_chunk_rows(n_rows: int, n_classes: int, n_teachers: int, itemsize: i
 
 
 def padded_classes(n_classes: int, device: torch.device) -> int:
-    """How long a row of logits is: classes beyond the last one fill it up, -inf to every model."""
+    """The length of a row of logits; it is filled up with classes that are -inf for every model."""
     unit = sizes_of(device).classes
     return unit * math.ceil(n_classes / unit)
 
@@ -91,7 +91,7 @@ class Head:
     scratch: Callable[[str, torch.dtype, int, int], Tensor]
 
     def __post_init__(self) -> None:
-        # The CPU has no fast products of half precision. An accelerator has, and there hidden states set the dtype.
+        # Products of half precision are slow on CPUs. On an accelerator the hidden states set the dtype.
         self.on_cpu = self.hidden.device.type == "cpu"
         self.dtype = accumulation_dtype(self.hidden) if self.on_cpu else self.hidden.dtype
 
@@ -131,7 +131,7 @@ class Head:
             rows = rows[taught]
         for begin, end in self.blocks(n_classes, self.dtype):
             target = out[:, begin:end]
-            # CPU libraries are faster with the rows side by side in memory, so much that a copy pays.
+            # CPU libraries are so much faster with the rows side by side in memory that a copy pays off.
             aside = self.on_cpu or taught is not None
             block = self.scratch("block", self.dtype, end - begin, len(rows)).t() if aside else target
             head = self.classes(begin, end, self.dtype).t()
@@ -152,9 +152,11 @@ class Head:
     def add_gradients(
         self, pick: slice | Tensor, grad: Tensor, first: bool, to_hidden: Tensor, to_weight: Tensor, to_bias: Tensor
     ) -> None:
-        """From the gradient of the logits, `grad` [n, C], rows of `to_hidden` and what it adds to the others.
+        """Computes the gradients of these rows from that of their logits, `grad` [n, C].
 
-        Each of them is empty where it is not wanted; `first` overwrites in place of adding.
+        Writes the rows of `to_hidden` and adds to `to_weight` and `to_bias`.
+
+        Each of the three is empty where it is not needed; `first` overwrites in place of adding.
         """
         rows = self.rows(pick, grad.dtype)
         grad_rows = rows.new_empty(rows.shape, dtype=accumulation_dtype(grad))

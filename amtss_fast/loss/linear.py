@@ -36,13 +36,13 @@ def linear_amtss_loss(
     backend: str | None = None,
     **options: Unpack[LossKeywords],
 ) -> Any:
-    """:func:`amtss_loss` of the logits hidden @ weight.T + bias, which exist for a chunk of rows at a time.
+    """:func:`amtss_loss` of the logits hidden @ weight.T + bias, computed for a chunk of rows at a time.
 
     For the heads of language models: 2,048 tokens of three teachers and a student over 250,002 classes are 8 GB of
     logits, here 0.3. The loss, the stats and the gradients of `student_hidden`, `student_weight` and `student_bias` are
     those of :func:`amtss_loss` after the products; only what requires a gradient gets one, and the head's is summed in
-    float32. Rows with the label `ignore_index` are left out of the products, and on the CPU so are, for each teacher,
-    the rows that it does not teach.
+    float32. Rows with the label `ignore_index` are left out of the products; on the CPU the products of a teacher also
+    leave out the rows that it does not teach.
 
     Args:
         student_hidden: [N, H] float32, bfloat16, float16 or float64 (float64: reference backend only); N rows are
@@ -57,14 +57,13 @@ def linear_amtss_loss(
         teacher_bias: None, or for each teacher [C_k] floating or None.
         chunk_rows: rows whose logits are held at a time, (K + 2) C numbers each. None: as many as fit into 128 MiB, but
             64 at least (1 GiB and 128 rows on an accelerator).
-        temperature, weighting, weight_temperature, teacher_prior, teacher_mask, sample_weight, kd_weight, ce_weight,
-            label_smoothing, ignore_index, unlabeled_index, reduction, num_items, return_stats, backend: as of
-            :func:`amtss_loss`. With reduction="none" the backward pass computes the logits a second time.
+        All other keywords: as of :func:`amtss_loss`. With reduction="none" the backward pass computes the logits a
+            second time.
 
-    On the CPU products are float32 whatever the dtype of hidden states and heads (float64 for float64), the latter
-    converted by blocks. On an accelerator they run in the dtype of the hidden states, gradients are summed in float32
-    all the same, and knowing which rows are ignored waits for the device once. The same call gives the same bits;
-    another number of threads may give others, as in any matrix product.
+    On the CPU the products are in float32 for every dtype of hidden states and heads (in float64 for float64); heads
+    are converted block by block. On an accelerator they are in the dtype of the hidden states, gradients are summed in
+    float32, and the call waits for the device once, to learn which rows are ignored. The same call gives the same
+    bits; another number of threads may give other bits, as in any matrix product.
 
     Returns, infinities, NaN: as of :func:`amtss_loss`.
 

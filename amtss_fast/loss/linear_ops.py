@@ -91,7 +91,7 @@ def _compute(
         )
     ]
     empty = [head.hidden.new_empty(0, n_classes, dtype=head.dtype) for head in (student, *teachers)]
-    # What the backend is asked, less the chunk.
+    # The call of the backend, without the chunk's tensors.
     call = LossInputs(
         empty[0],
         empty[1:],
@@ -105,11 +105,11 @@ def _compute(
     )
     chosen = choose_backend(backend, call.student_logits, call.teacher_logits)
     if values_are_free(student_hidden):
-        # Here and not by the backend: it sees chunks, and would name a row of the chunk.
+        # Checked here, because a backend gets chunks and would name a row of the chunk.
         check_values(call, options)
 
     labels, teacher_prior = inputs.labels, inputs.teacher_prior
-    # On an accelerator this waits for the device: how many rows are left has to be known here.
+    # On an accelerator this waits for the device, because the number of remaining rows is needed here.
     kept = None if labels is None else (labels != options.ignore_index).nonzero().squeeze(1)
     n_kept = n_rows if kept is None else len(kept)
     if n_kept == n_rows:
@@ -178,11 +178,11 @@ def _take(tensor: Tensor | None, pick: slice | Tensor) -> Tensor | None:
 
 
 def _taught(k: int, prior: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """The rows of a chunk that teacher `k` teaches, from what says so [K, n]; None: all of them."""
+    """The rows of a chunk that teacher `k` teaches, from its prior and mask [K, n]; None: all of them."""
     teaches = [] if mask is None else [mask[k]]
     if prior is not None:
         teaches.append(prior[k] > 0)
-    # On an accelerator knowing would mean waiting for it.
+    # On an accelerator, finding out would wait for the device.
     if not teaches or teaches[0].device.type != "cpu":
         return None
     everywhere = torch.stack(teaches).all(0)
@@ -244,7 +244,7 @@ class _LinearAMTSSLoss(torch.autograd.Function):
         settings: tuple[int | None, bool, str | None],
         *student: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        # The student's tensors come as arguments of their own, so that autograd sees them; `inputs` are the others.
+        # The student's tensors are separate arguments, because autograd tracks those only; `inputs` are the others.
         chunk_rows, need_stats, backend = settings
         ctx.per_row = options[OPTION_NAMES.index("reduction")] == "none"
         now = Needs(False, False, False) if ctx.per_row else needs

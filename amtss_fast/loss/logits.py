@@ -10,8 +10,8 @@ from torch import Tensor
 # Of the 256 codes one is kept for -inf.
 _MASKED = 255
 _LARGEST = 254
-# Logits this far below the largest of their row are raised to that distance. Less would cut off classes that matter at
-# high temperatures, more would coarsen the steps that matter at temperature 1.
+# Logits further below the largest of their row are raised to this distance. A smaller range would cut off classes that
+# matter at high temperatures, a larger one would give coarser steps at temperature 1.
 _RANGE = 66.0
 
 
@@ -26,10 +26,10 @@ class QuantizedLogits(NamedTuple):
     row_max: Tensor
     """[N] float32, the largest logit of each row."""
     step: Tensor
-    """[N] float32, the distance between neighbouring codes, >= 0."""
+    """[N] float32, the distance between neighboring codes, >= 0."""
 
     def dequantize(self) -> Tensor:
-        """The logits that the codes stand for, [N, C] float32."""
+        """The logits that the codes represent, [N, C] float32."""
         return dequantize(self.codes, self.row_max, self.step)
 
     def to(self, device: torch.device | str) -> QuantizedLogits:
@@ -84,7 +84,7 @@ class QuantizedWeight(NamedTuple):
     """[C] float32, >= 0."""
 
     def dequantize(self) -> Tensor:
-        """The matrix that the codes stand for, [C, H] float32."""
+        """The matrix that the codes represent, [C, H] float32."""
         return self.scale.unsqueeze(-1) * self.codes
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
@@ -111,7 +111,7 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
         values = rows.float()
         torch.div(values.abs().amax(-1), 127, out=scale_)
         if not scale_.isfinite().all():
-            raise ValueError("weight must be finite to be quantised, found NaN or infinity")
+            raise ValueError("weight must be finite to be quantized, found NaN or infinity")
         # A class of zeros has scale 0 and codes 0.
         codes_.copy_((values / scale_.unsqueeze(-1)).nan_to_num(0.0).round())
     return QuantizedWeight(codes, scale)

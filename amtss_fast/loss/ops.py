@@ -57,7 +57,7 @@ def _amtss_loss(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = LossInputs(*arguments[:_N_INPUTS])
     options = LossOptions(*arguments[_N_INPUTS : _N_INPUTS + _N_OPTIONS])
     loss, grad, stats = _compute(inputs, options, *arguments[_N_INPUTS + _N_OPTIONS :])
-    # An operator has as many outputs at every call, and no two of them may be the same tensor.
+    # An operator has the same number of outputs at every call, and no two of them may be the same tensor.
     empty = loss.new_empty
     if grad is None:
         grad = empty(0, dtype=gradient_dtype(inputs.student_logits))
@@ -95,8 +95,8 @@ class _AttachGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student_logits: Tensor, computed: tuple[Tensor, Tensor]) -> Tensor:
-        # In a tuple: what torch sees as an input could not be passed on without a copy, because the caller may change
-        # its loss in place.
+        # In a tuple: autograd would need a copy of a loss that is an input of its own, because the caller may change
+        # the loss in place.
         loss, grad = computed
         ctx.save_for_backward(grad)
         ctx.student_dtype = student_logits.dtype
@@ -136,9 +136,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _dispatcher_is_needed(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> bool:
-    """Whether a compiler or anything else wants to see the operator, or a tensor is of a subclass.
+    """Whether the operator must be called through the dispatcher: for a compiler, a mode, or a subclass of Tensor.
 
-    Otherwise it is called directly: on small batches the dispatcher would cost more than the kernel.
+    Otherwise the backend is called directly, because on small batches the dispatcher takes longer than the kernel.
     """
     return (
         torch.compiler.is_compiling()

@@ -93,9 +93,9 @@ class LossOptions:
         if self.ignore_index == self.unlabeled_index:
             raise ValueError(f"ignore_index and unlabeled_index must differ, both are {self.ignore_index}")
 
-    def keywords(self) -> LossKeywords:
+    def keywords(self) -> dict[str, Any]:
         """The fields by name, as the public functions take them."""
-        return LossKeywords(**{name: getattr(self, name) for name in OPTION_NAMES})  # type: ignore[typeddict-item]
+        return {name: getattr(self, name) for name in OPTION_NAMES}
 
     def values(self) -> tuple[Any, ...]:
         """The fields in order, as the operators take them."""

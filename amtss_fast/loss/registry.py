@@ -1,4 +1,4 @@
-"""Which backend runs a call: the one asked for, or the best that can."""
+"""The choice of the backend that runs a call: the one named by the caller, or the best that can run the tensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def why_missing(name: str) -> str | None:
 
 
 def choose_backend(name: str | None, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Backend:
-    """The backend asked for, else the first one of the device that runs these tensors.
+    """The backend of that name, or without a name the first one of the device that runs these tensors.
 
     Raises:
         ValueError: an unknown name.

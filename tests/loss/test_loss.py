@@ -273,11 +273,11 @@ def test_no_row_that_counts(backend: str, n: int, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_no_labels_means_all_unlabelled(backend: str, weighting: str) -> None:
+def test_no_labels_means_all_unlabeled(backend: str, weighting: str) -> None:
     case = make_case(11, 6, 3, weighting=weighting, ce_weight=0.5)
     without = Case(case.student, case.teachers, None, case.options).run(backend)
-    unlabelled = Case(case.student, case.teachers, torch.full((11,), UNLABELED), case.options).run(backend)
-    for a, b in zip(without.parts().values(), unlabelled.parts().values(), strict=True):
+    unlabeled = Case(case.student, case.teachers, torch.full((11,), UNLABELED), case.options).run(backend)
+    for a, b in zip(without.parts().values(), unlabeled.parts().values(), strict=True):
         assert torch.equal(a, b)
     if weighting == "label_margin":
         top2 = Case(case.student, case.teachers, None, case.options | {"weighting": "top2_margin"}).run(backend)

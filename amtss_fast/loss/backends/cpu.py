@@ -1,4 +1,4 @@
-"""The native CPU backend: hands the addresses of tensors to the C++ kernel `amtss_fast._cpu`."""
+"""The native CPU backend: passes the addresses of tensors to the C++ kernel `amtss_fast._cpu`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     _MISSING = f"the compiled module amtss_fast._cpu cannot be imported ({error}); install with a C++ compiler"
 else:
-    # An environment variable that names what the machine lacks is an error here, not a reason for another backend.
+    # AMTSS_CPU_ISA may name an instruction set that the machine lacks: an error, not a reason for another backend.
     _cpu.instruction_set()
 
 CHECKS_VALUES = True
@@ -37,7 +37,7 @@ def why_missing() -> str | None:
 
 
 def release_memory() -> None:
-    """Hands the memory kept for the next large gradient back to the system."""
+    """Returns the memory kept for the next large gradient to the system."""
     if _MISSING is None:
         _cpu.release_memory()
 
@@ -52,20 +52,20 @@ def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | N
     if student_logits.device.type != "cpu":
         return f"it runs CPU tensors, student_logits are on {student_logits.device}"
     if student_logits.dtype not in _TYPES:
-        return f"student_logits are {student_logits.dtype}; it knows float32, bfloat16 and float16"
+        return f"student_logits are {student_logits.dtype}; it takes float32, bfloat16 and float16"
     if student_logits.shape[1] > _MAX_CLASSES:
         return f"there are {student_logits.shape[1]} classes; it takes up to {_MAX_CLASSES}"
     if len(teacher_logits) > _MAX_TEACHERS:
         return f"there are {len(teacher_logits)} teachers; it takes up to {_MAX_TEACHERS}"
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in _TYPES:
-            return f"teacher_logits[{k}] is {teacher.dtype}; it knows float32, bfloat16, float16 and 8-bit codes"
+            return f"teacher_logits[{k}] is {teacher.dtype}; it takes float32, bfloat16, float16 and 8-bit codes"
     return None
 
 
 @functools.lru_cache(maxsize=1024)
 def native_options(options: LossOptions) -> Any:
-    """The C++ struct of the options; `reduction` is not part of it, as the kernel only knows a divisor."""
+    """The C++ struct of the options; `reduction` is not part of it, because the kernel gets a divisor in its place."""
     low, high = _TEMPERATURES
     if not low <= options.temperature <= high:
         raise ValueError(f"temperature must be in [{low}, {high}] for the native kernel, got {options.temperature}")
@@ -81,7 +81,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
     native = native_options(options)
     student, n_teachers = inputs.student_logits, len(inputs.teacher_logits)
     n_rows, n_classes = student.shape
-    # Copies that a stride or a dtype makes necessary have to outlive the call.
+    # Holds the copies that a stride or a dtype makes necessary until the call is over.
     alive = []
 
     def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
@@ -119,7 +119,8 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         grad = torch.empty(n_rows, n_classes, dtype=grad_type)
     stats = None
     if need_stats:
-        stats = AMTSSStats(*[torch.empty(n_teachers, n_rows) for _ in range(3)], torch.empty(n_rows))
+        weights, margins, kd = (torch.empty(n_teachers, n_rows) for _ in range(3))
+        stats = AMTSSStats(weights, margins, kd, torch.empty(n_rows))
 
     fault = _cpu.loss(
         n_rows,

@@ -1,7 +1,7 @@
-"""The loss in plain torch: any device, float64 too. It is what every other backend is measured against.
+"""The loss in plain torch, on any device, in float64 too; every other backend is tested against it.
 
-It follows the formulas of :func:`amtss_fast.amtss_loss` line by line and favours reading over speed: it holds several
-[N, C] temporaries per teacher.
+It follows the formulas of :func:`amtss_fast.amtss_loss` line by line and is written to be read, not to be fast: it
+holds several [N, C] temporaries per teacher.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
     counts = labels != options.ignore_index  # [N]
     unlabeled = labels == options.unlabeled_index
     invalid = counts & ~unlabeled & ((labels < 0) | (labels >= n_classes))
-    labelled = counts & ~unlabeled & ~invalid
+    labeled = counts & ~unlabeled & ~invalid
 
     prior = torch.ones(n_teachers, 1, dtype=dtype, device=device)
     if inputs.teacher_prior is not None:
@@ -59,7 +59,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
     log_q = (student / temperature).log_softmax(-1)  # [N, C]
     log_p = [(_logits(inputs, k).to(dtype) / temperature).log_softmax(-1) for k in range(n_teachers)]  # K of [N, C]
 
-    margins = torch.stack([_margin(lp, labels, labelled, options.weighting) for lp in log_p])  # [K, N]
+    margins = torch.stack([_margin(lp, labels, labeled, options.weighting) for lp in log_p])  # [K, N]
     margins = margins.where(teaches, 0.0)
     weights = _weights(margins, prior, teaches, options.weight_temperature)
     divergences = torch.stack([_divergence(lp, log_q) for lp in log_p])  # [K, N]
@@ -78,18 +78,18 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         row_grad = row_grad + options.kd_weight * temperature * (log_q.exp() - mixture).where(taught, 0.0)
     if options.ce_weight > 0:
         log_q1 = student.log_softmax(-1)  # temperature 1
-        target = labels.where(labelled, 0).unsqueeze(-1)
+        target = labels.where(labeled, 0).unsqueeze(-1)
         cross_entropy = -(1 - smoothing) * log_q1.gather(-1, target).squeeze(-1)
         if smoothing > 0:
             cross_entropy = cross_entropy - smoothing * log_q1.mean(-1)
-        row_loss = row_loss + options.ce_weight * cross_entropy.where(labelled, 0.0)
+        row_loss = row_loss + options.ce_weight * cross_entropy.where(labeled, 0.0)
         one_hot = torch.zeros_like(student).scatter(-1, target, 1.0 - smoothing)
         smoothed = one_hot + smoothing / n_classes
-        row_grad = row_grad + options.ce_weight * (log_q1.exp() - smoothed).where(labelled.unsqueeze(-1), 0.0)
+        row_grad = row_grad + options.ce_weight * (log_q1.exp() - smoothed).where(labeled.unsqueeze(-1), 0.0)
 
     row_loss = row_loss.where(~invalid, float("nan"))
     row_grad = row_grad.where(~invalid.unsqueeze(-1), float("nan"))
-    # A row of weight 0 is out, whatever it holds: 0 times NaN would keep it in.
+    # A row of weight 0 is left out explicitly, because 0 times NaN is NaN.
     alive = counts & (row_weight > 0)
     row_loss = (row_weight * row_loss).where(alive, 0.0)
     row_grad = (row_weight.unsqueeze(-1) * row_grad).where(alive.unsqueeze(-1), 0.0)
@@ -103,7 +103,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         row_grad = row_grad / divisor
 
     grad = row_grad.to(gradient_dtype(inputs.student_logits)) if need_grad else None
-    student_margin = _margin(log_q, labels, labelled, options.weighting).where(counts, 0.0)
+    student_margin = _margin(log_q, labels, labeled, options.weighting).where(counts, 0.0)
     stats = AMTSSStats(weights, margins, divergences, student_margin) if need_stats else None
     return LossOutputs(loss, grad, stats)
 
@@ -116,12 +116,12 @@ def _logits(inputs: LossInputs, k: int) -> Tensor:
     return dequantize(inputs.teacher_logits[k], row_max, step)
 
 
-def _margin(log_p: Tensor, labels: Tensor, labelled: Tensor, weighting: str) -> Tensor:
-    """How sure a model is of the label [N]; rows without a label take the model's own largest class for it."""
+def _margin(log_p: Tensor, labels: Tensor, labeled: Tensor, weighting: str) -> Tensor:
+    """The margin of a model in each row [N]; in rows without a label the model's own largest class is the label."""
     if weighting == "top2_margin":
         largest, second = log_p.topk(2, dim=-1).values.exp().unbind(-1)
         return largest - second
-    target = labels.where(labelled, log_p.argmax(-1)).unsqueeze(-1)  # [N, 1]
+    target = labels.where(labeled, log_p.argmax(-1)).unsqueeze(-1)  # [N, 1]
     log_p_target = log_p.gather(-1, target).squeeze(-1)
     if weighting == "label_nll":
         return log_p_target
@@ -132,7 +132,7 @@ def _margin(log_p: Tensor, labels: Tensor, labelled: Tensor, weighting: str) -> 
 def _weights(margins: Tensor, prior: Tensor, teaches: Tensor, weight_temperature: float) -> Tensor:
     """Weights [K, N], w = alpha exp(m / beta) / sum over the teachers that teach the row; 0 for the others."""
     if weight_temperature == 0:
-        # argmax takes the first of several equal ones: the lowest k. Teachers at -inf still come before the absent.
+        # argmax takes the first of several equal ones: the lowest k. Teachers at -inf precede those that do not teach.
         score = margins.clamp(min=torch.finfo(margins.dtype).min).where(teaches, float("-inf"))
         best = torch.nn.functional.one_hot(score.argmax(0), margins.shape[0]).T  # [K, N]
         return best.to(margins.dtype).where(teaches, 0.0)
