@@ -26,8 +26,7 @@ from cases import machine
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from amtss_fast._system.files import write_atomically
-from amtss_fast.data.load import load_data
-from amtss_fast.runs.run import train_tokenizer
+from amtss_fast.data import load_data, train_tokenizer
 
 # The first leaves everything as it was.
 BUDGETS = "64GB,2.2GB,1.9GB,1.6GB,1.4GB,1.2GB"

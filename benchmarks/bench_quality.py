@@ -14,7 +14,7 @@ Protocol, fixed before test was looked at:
   is a small network on a later layer. Of two texts u, v both get u, v, |u - v|, u v. All students of a design have the
   same steps, batches and start.
 - Each seed draws its own calibration concepts (held-out text for weights that need it), teachers, student rows,
-  labelled rows and initial weights. KD weight (cross entropy gets 1 minus it) and the other settings of a variant are
+  labeled rows and initial weights. KD weight (cross entropy gets 1 minus it) and the other settings of a variant are
   chosen by mean accuracy over the tuning seeds, on concepts that neither student nor teachers saw; then fresh seeds are
   trained once with what was chosen, and tested once on the held-out concepts.
 - Differences are paired; their intervals (95 %) come from a bootstrap over concepts and seeds, never over rows.
@@ -39,7 +39,7 @@ from students import INF, Setting, Situation, Students, Variant, fit, statistics
 from torch import Tensor, nn
 
 from amtss_fast._system.files import write_atomically
-from amtss_fast.data.load import load_data
+from amtss_fast.data import load_data
 
 BETAS = (0.05, 0.2, 0.5)
 GROUPS = {
@@ -122,13 +122,13 @@ def read_texts(data: str, encoder: str, cache: Path, split: int, only: list[str]
 
 @dataclass(frozen=True)
 class Design:
-    """A situation: what the teachers learned from, what the student gets, and how much of it is labelled."""
+    """A situation: what the teachers learned from, what the student gets, and how much of it is labeled."""
 
     teacher_layer: int
     teacher_size: int
     teacher_share: float = 1.0
     """Share of the concepts that teachers learn from; the student gets the others, or the same ones at 1."""
-    labelled: float = 1.0
+    labeled: float = 1.0
     half_classes: bool = False
     """Teachers of all languages that each saw half of the classes, cross-fitted by concept, in place of GROUPS."""
     steps: int = 360
@@ -137,8 +137,8 @@ class Design:
 
 DESIGNS = {
     "transfer": Design(teacher_layer=4, teacher_size=384, teacher_share=0.8, steps=240),
-    "few labels": Design(teacher_layer=12, teacher_size=128, labelled=0.1),
-    "half the classes": Design(teacher_layer=12, teacher_size=128, labelled=0.1, half_classes=True),
+    "few labels": Design(teacher_layer=12, teacher_size=128, labeled=0.1),
+    "half the classes": Design(teacher_layer=12, teacher_size=128, labeled=0.1, half_classes=True),
     "all labels": Design(teacher_layer=12, teacher_size=128),
     NEW_LANGUAGE: Design(teacher_layer=4, teacher_size=384),
     WIDER: Design(teacher_layer=4, teacher_size=384, student_size=192),
@@ -203,9 +203,9 @@ def draw(texts: Texts, design: Design, seed: int, test: bool, quick: bool) -> Si
             with torch.inference_mode():
                 teacher_logits[k, asked] = teacher(x_teacher[asked])
     labels = texts.labels[student_rows].clone()
-    if design.labelled < 1:
-        # Whole concepts are labelled, so that no label comes back in another language.
-        kept = rng.permutation(learned)[: round(design.labelled * len(learned))]
+    if design.labeled < 1:
+        # Whole concepts are labeled, so that no label comes back in another language.
+        kept = rng.permutation(learned)[: round(design.labeled * len(learned))]
         labels[torch.from_numpy(~np.isin(texts.concepts[student_rows], kept))] = -1
     return Situation(
         x[student_rows],

@@ -7,7 +7,7 @@
 
 Speed: an encoder of XLM-R's shape with random weights and a batch of 24 rows of 72 tokens; once all 72 are words, once
 rows have 72, 70, ... 26 words and the rest is padding. Engines run in processes of their own, several rounds in turn;
-figures are medians over all calls. `torch-dynamic` is torch.ao's dynamic quantisation as it comes, one step for all
+figures are medians over all calls. `torch-dynamic` is torch.ao's dynamic quantization as it comes, one step for all
 tokens of a batch. Memory: bytes of weights, and the largest anonymous resident set while loading beyond that of the
 process before (pages of the mapped checkpoint are not counted: the system may drop them).
 
@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForSequenceC
 
 from amtss_fast import AMTSSForSequenceClassification, Teacher, load_teacher
 from amtss_fast._system.files import write_atomically
-from amtss_fast.data.load import load_data
+from amtss_fast.data import load_data
 from amtss_fast.teachers.precision import compare
 
 ENGINES = (
@@ -127,7 +127,7 @@ def one_engine(folder: str, engine: str, vocabulary: int, seconds: float) -> dic
 
 
 def footprint(teacher: Teacher) -> int:
-    """Bytes of weights, those too that torch's own quantised layers keep out of sight."""
+    """Bytes of weights, those too that torch's own quantized layers keep out of sight."""
     hidden = 0
     for module in teacher.model.modules():
         if type(module).__module__.startswith("torch.ao"):
@@ -191,7 +191,7 @@ def save_model(folder: str, layers: int, vocabulary: int) -> None:
 
 def save_tokenizer(folder: str) -> None:
     """Some tokenizer: the ids of this benchmark are drawn."""
-    from amtss_fast.runs.run import train_tokenizer
+    from amtss_fast.data import train_tokenizer
 
     tokenizer = train_tokenizer(["a b c"], 400)
     tokenizer.model_max_length = 512

@@ -14,7 +14,7 @@ Three teachers of 12 x 384, a student of 4 x 384 (bench_train.yaml), cldr_topic 
     cached       AMTSSTrainer from cached logits of the 8-bit teachers; computing the cache is counted
 
 Each way runs in a process of its own. `student` is what the other parts leave: its forward and backward pass, the
-optimiser and the loop. Peak memory is the largest resident set beyond that before the teachers were loaded; `anonymous`
+optimizer and the loop. Peak memory is the largest resident set beyond that before the teachers were loaded; `anonymous`
 is without pages of mapped files, where float32 weights lie on CPUs. The teachers are trained first, if they are not
 there yet, and are the same for all ways.
 """
@@ -29,25 +29,37 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from bench_teachers import Peak
 from cases import machine, plain
+from datasets import DatasetDict
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from amtss_fast import AMTSSTrainer
 from amtss_fast._system.files import write_atomically
-from amtss_fast.data.load import DistillationCollator
-from amtss_fast.runs.config import CacheConfig, RunConfig, load_config
-from amtss_fast.runs.report import STUDENT
-from amtss_fast.runs.run import open_run
-from amtss_fast.teachers.cache import ROW, CachedTeachers
-from amtss_fast.training.evaluation import evaluate
+from amtss_fast.data import DistillationCollator
+from amtss_fast.runs import (
+    RunConfig,
+    cached_teachers,
+    load_config,
+    load_teachers,
+    new_student,
+    prepare,
+    train_teachers,
+)
+from amtss_fast.runs.caching import compute_logits
+from amtss_fast.runs.config import CacheConfig
+from amtss_fast.runs.setup import student_arguments
+from amtss_fast.teachers import CachedTeachers
+from amtss_fast.training import evaluate
+from amtss_fast.training.evaluation import STUDENT
+from amtss_fast.training.tasks import classification
 
 WAYS = ("plain", "textbrewer", "int8", "cached")
 CONFIG = Path(__file__).with_suffix(".yaml")
@@ -73,20 +85,19 @@ class Work:
     """What all ways share: data, collator, a student with the same first weights."""
 
     def __init__(self, config: RunConfig, rows: int, test_rows: int) -> None:
-        self.config = config
-        self.run = open_run(config, resume=True)
-        self.arguments = self.run.arguments(STUDENT, config.training)
-        # Of all training texts, as the teachers' is.
-        tokenizer = self.run.tokenizer
+        # The tokenizer is that of all training texts, as the teachers' is.
+        setup = prepare(config)
         generator = np.random.default_rng(0)
-        data = self.run.data
         for split, n in (("train", rows), ("test", test_rows)):
-            if n < len(data[split]):
-                data[split] = data[split].select(np.sort(generator.choice(len(data[split]), n, replace=False)))
-        self.train = self.run.encoded("train")
-        self.test = self.run.encoded("test")
-        self.collate = timed("data", DistillationCollator(tokenizer))
-        self.student = self.run.new_student()
+            data = setup.data[split]
+            if n < len(data):
+                setup.data[split] = data.select(np.sort(generator.choice(len(data), n, replace=False)))
+        self.setup = setup
+        self.arguments = student_arguments(config)
+        self.train = setup.encode(setup.data["train"])
+        self.test = setup.encode(setup.data["test"])
+        self.collate = timed("data", DistillationCollator(setup.tokenizer))
+        self.student = new_student(setup)
 
     @property
     def steps(self) -> int:
@@ -106,7 +117,8 @@ class Work:
         return torch.optim.AdamW(self.student.parameters(), lr=self.arguments.learning_rate, weight_decay=0.0)
 
     def teachers(self, precision: str) -> Any:
-        return self.run.pool([t.model_copy(update={"precision": precision}) for t in self.config.teachers])
+        configured = self.setup.config.teachers
+        return load_teachers(self.setup, [t.model_copy(update={"precision": precision}) for t in configured])
 
 
 def plain_loop(work: Work) -> None:
@@ -174,21 +186,21 @@ def textbrewer_loop(work: Work) -> None:
 
 
 def own_trainer(work: Work, cached: bool) -> None:
-    rows = work.train
-    pool: Any
-    if cached:
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            work.config.teacher_cache = CacheConfig(path=folder)
-            for teacher in work.config.teachers:
-                teacher.precision = "int8"
-            work.run.compute_cache(PartialState())
-            pool = work.run.cached_teachers()
-            parts["teachers"] += time.perf_counter() - started
-            rows = rows.add_column(ROW, np.arange(len(rows)))
-            train_own(work, pool, rows)
+    if not cached:
+        train_own(work, work.teachers("int8"), work.train)
         return
-    train_own(work, work.teachers("int8"), rows)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {
+            "teacher_cache": CacheConfig(path=folder),
+            "teachers": [t.model_copy(update={"precision": "int8"}) for t in work.setup.config.teachers],
+        }
+        setup = replace(work.setup, config=work.setup.config.model_copy(update=changes))
+        compute_logits(setup)
+        teachers = cached_teachers(setup)
+        parts["teachers"] += time.perf_counter() - started
+        rows = teachers.number_rows(DatasetDict(train=work.train))["train"]
+        train_own(work, teachers, rows)
 
 
 def train_own(work: Work, pool: Any, rows: Any) -> None:
@@ -197,8 +209,8 @@ def train_own(work: Work, pool: Any, rows: Any) -> None:
     else:
         # On a CPU they are done when this returns.
         vars(pool)["ask"] = timed("teachers", pool.ask)
-    # The trainer looks its loss up in its module.
-    module: Any = sys.modules[AMTSSTrainer.__module__]
+    # The task looks the loss up in its module.
+    module: Any = classification
     module.amtss_loss = timed("loss", module.amtss_loss)
     AMTSSTrainer(
         work.student,
@@ -206,7 +218,7 @@ def train_own(work: Work, pool: Any, rows: Any) -> None:
         teachers=pool,
         train_dataset=rows,
         data_collator=work.collate,
-        processing_class=work.run.tokenizer,
+        processing_class=work.setup.tokenizer,
     ).train()
 
 
@@ -223,7 +235,8 @@ def one_way(way: str, config: RunConfig, rows: int, test_rows: int) -> dict[str,
         else:
             own_trainer(work, cached=way == "cached")
         total = time.perf_counter() - started
-    found = evaluate(work.test, work.run.tokenizer, {STUDENT: work.student})[STUDENT]
+    setup = work.setup
+    found = evaluate(setup.task, work.test, setup.collator(), {STUDENT: work.student}, setup.languages)[STUDENT]
     return {
         "way": way,
         "seconds": total,
@@ -263,7 +276,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(one_way(args.one, config, args.rows, args.test_rows)))
         return
-    open_run(config, resume=True).train_teachers()
+    setup = prepare(config, resume=True)
+    setup.folder.open(config, resume=True)
+    train_teachers(setup)
     about = machine()
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     rows: list[dict[str, Any]] = []

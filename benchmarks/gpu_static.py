@@ -29,7 +29,9 @@ from triton.compiler import ASTSource
 
 from amtss_fast._system.files import write_atomically
 from amtss_fast.loss import LossOptions
-from amtss_fast.loss.backends.triton import common, config, launch
+from amtss_fast.loss.backends.triton import config, launch
+from amtss_fast.loss.backends.triton.binary import Launch
+from amtss_fast.loss.backends.triton.device import memory
 from amtss_fast.loss.contract import LossInputs
 
 
@@ -103,7 +105,7 @@ def _on_device(n_rows: int, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
     return memory[begin : begin + size].view(dtype).view(n_rows, n_classes)
 
 
-def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: str = "all") -> list[launch.Launch]:
+def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: str = "all") -> list[Launch]:
     """What the library would launch.
 
     `call`: "loss" and its gradient, without labels and weights; "all" options and outputs at once; "strided": the same
@@ -123,7 +125,7 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
     if call != "loss":
         per_teacher = torch.empty(n_teachers, n_rows)
         rest = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
-    planned: list[launch.Launch]
+    planned: list[Launch]
     inputs = LossInputs(logits[0], logits[1:], scales, scales, *rest)
     options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1)
     planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
@@ -131,7 +133,7 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
     return [p for p in planned if "n_classes" in p.arguments]
 
 
-def compile_for(planned: launch.Launch, chip: Chip) -> Any:
+def compile_for(planned: Launch, chip: Chip) -> Any:
     """The launch as Triton's just-in-time compiler would compile it on that chip."""
     signature, constants = {}, {}
     binary, arguments = planned.binary, planned.arguments
@@ -149,7 +151,7 @@ def compile_for(planned: launch.Launch, chip: Chip) -> Any:
     return triton.compile(source, target=chip.target, options=options)
 
 
-def examine(planned: launch.Launch, target: str, call: str) -> Static:
+def examine(planned: Launch, target: str, call: str) -> Static:
     """Compile a launch and count."""
     chip = CHIPS[target]
     compiled = compile_for(planned, chip)
@@ -214,11 +216,11 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 @cache
 def _moving_lines() -> dict[int, str]:
-    """The lines of common.py that load and store tiles of logits, each element of a tile once.
+    """The lines of memory.py that load and store tiles of logits, each element of a tile once.
 
     Without those for elements of incomplete groups, and those that move tiles of complete groups without a mask.
     """
-    lines = Path(common.__file__).read_text().splitlines()
+    lines = Path(memory.__file__).read_text().splitlines()
     texts = {
         "x = tl.load(pointers, whole, other=OUTSIDE)": "load",
         "x = tl.load(pointers, whole & wanted, other=OUTSIDE)": "load",
@@ -227,7 +229,7 @@ def _moving_lines() -> dict[int, str]:
         "tl.store(pointer + strided, x, inside)": "store",
     }
     found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() in texts}
-    assert set(found.values()) == set(texts), "common.py moves tiles in other words"
+    assert set(found.values()) == set(texts), "memory.py has other lines that move tiles"
     return {number: texts[line] for number, line in found.items()}
 
 
@@ -248,7 +250,7 @@ def _moves(assembly: str) -> dict[str, list[int]]:
     for line in assembly.splitlines():
         if location := _LOCATION.search(line):
             place = (location[1], int(location[2]))
-        kind = _moving_lines().get(place[1]) if place[0] == "common" else None
+        kind = _moving_lines().get(place[1]) if place[0] == "memory" else None
         if kind is None:
             continue
         if found := _NVIDIA.search(line):

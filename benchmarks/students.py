@@ -199,7 +199,7 @@ def fixed_weights(s: Situation, variant: Variant, setting: Setting, seed: int) -
     prior = fixed_prior(s, variant, setting)
     weights = statistics(s.teacher_logits, s.labels, variant.weighting, setting["beta"], prior).weights
     if variant.shuffle:
-        # Only among rows of one language and alike labelled: what is left is chance.
+        # Only among rows of one language and alike labeled: what is left is chance.
         weights, kind = weights.clone(), 2 * s.language_ids + (s.labels >= 0)
         generator = torch.Generator().manual_seed(seed)
         for value in kind.unique().tolist():
@@ -210,9 +210,9 @@ def fixed_weights(s: Situation, variant: Variant, setting: Setting, seed: int) -
 
 def smoothing_like(s: Situation) -> float:
     """The gold class of the smoothed target has the mean probability that the teachers' mean gives it."""
-    labelled, n_classes = s.labels >= 0, s.teacher_logits.shape[-1]
-    mean = (s.teacher_logits / TEMPERATURE).softmax(-1).mean(0)[labelled]
-    gold = float(mean.gather(1, s.labels[labelled].unsqueeze(1)).mean())
+    labeled, n_classes = s.labels >= 0, s.teacher_logits.shape[-1]
+    mean = (s.teacher_logits / TEMPERATURE).softmax(-1).mean(0)[labeled]
+    gold = float(mean.gather(1, s.labels[labeled].unsqueeze(1)).mean())
     # Teachers no better than chance would smooth the label away.
     return min(0.99, (1 - gold) * n_classes / (n_classes - 1))
 
@@ -248,10 +248,10 @@ def fit(
     """Trains the students from the first one of `start`, their classifier too if `whole`.
 
     Also says for each in how many of its rows the weighted mean of the teachers has the right class. Students that hear
-    no teacher (KD weight 0) cannot be among others: their batches are of labelled rows alone.
+    no teacher (KD weight 0) cannot be among others: their batches are of labeled rows alone.
     """
     torch.manual_seed(seed)
-    n_languages, labelled = s.own.shape[1], s.labels >= 0
+    n_languages, labeled = s.own.shape[1], s.labels >= 0
     silent = {setting["kd_weight"] == 0 for _, setting in wanted}
     if len(silent) > 1:
         raise ValueError("students with and without teachers have other batches: fit them one after the other")
@@ -270,7 +270,7 @@ def fit(
     trained = [p for p in students.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, s.steps)
-    draws = torch.where(labelled, s.language_ids, -1) if silent == {True} else s.language_ids
+    draws = torch.where(labeled, s.language_ids, -1) if silent == {True} else s.language_ids
     for rows in batches(draws, n_languages, per_language, s.steps):
         ids, n_rows = s.language_ids[rows], len(rows)
         logits = students(s.x[rows].view(n_languages, per_language, -1))
@@ -300,7 +300,7 @@ def fit(
                 part = slice(place * n_rows, (place + 1) * n_rows)
                 heard.setdefault(adaptive[i], AMTSSStats(*(value[..., part] for value in stats)))
         for strategy, stats in heard.items():
-            strategy.update(stats, ids, row_mask=labelled[rows])
+            strategy.update(stats, ids, row_mask=labeled[rows])
             strategy.step()
         optimizer.zero_grad()
         loss.backward()
