@@ -1,1 +1,1 @@
-"""Private interfaces of torch, Triton and transformers, each with its public fallback: one module per library."""
+"""Private interfaces of torch, Triton, transformers and datasets, and what older versions lack."""

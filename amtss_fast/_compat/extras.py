@@ -2,7 +2,18 @@
 
 from importlib.util import find_spec
 
-_TRAIN = ("transformers", "datasets", "accelerate", "safetensors", "yaml", "pydantic", "matplotlib")
+_TRAIN = (
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "psutil",
+    "yaml",
+    "omegaconf",
+    "pydantic",
+    "matplotlib",
+    "jinja2",
+)
 
 
 def need_training_extra(package: str) -> None:

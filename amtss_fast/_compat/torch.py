@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PRIVATE = (
     "_C._len_torch_dispatch_stack",
@@ -30,7 +31,7 @@ _dispatch_modes, _function_modes, _transforms, _tracer, _profiler, _keep_graph =
 
 
 def dispatcher_is_watched() -> bool:
-    """Whether a mode, a transform, a tracer or a profiler wants to see the operators that run now.
+    """Whether a mode, a transform, a tracer or a profiler is active, which must be given every operator.
 
     Public way: True. An operator may then be called through the dispatcher, which is always right.
     """
@@ -51,3 +52,41 @@ def backward_keeps_graph() -> bool:
     Public way: True. A saved tensor is then left as it is, and its product takes memory of its own.
     """
     return True if _keep_graph is None else bool(_keep_graph())
+
+
+ONEDNN = ("ops.onednn.qlinear_prepack", "ops.onednn.qlinear_pointwise")
+"""Operators of oneDNN, below `torch`, that torch does not document; builds for other CPUs lack them."""
+
+
+def has_onednn_int8() -> bool:
+    """Whether `pack_onednn` and `onednn_linear` run on this machine with this build of torch."""
+    return "onednn" in torch.backends.quantized.supported_engines and all(map(find, ONEDNN))
+
+
+def pack_onednn(codes: Tensor) -> Tensor:
+    """Weights [out, in], int8, in oneDNN's own layout."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+    return packed
+
+
+def onednn_linear(codes: Tensor, zero_point: int, packed: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """y[n, o] = scale[o] * sum_i (codes[n, i] - zero_point) * (weight[o, i] - offset[o]), in float32.
+
+    Args:
+        codes: uint8 [N, in].
+        packed: `pack_onednn(weight)`.
+        scale: float32 [out].
+        offset: int64 [out].
+    """
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, zero_point, packed, scale, offset, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return y
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the data of a wrapper, such as torchao's quantized weights; none of an ordinary tensor."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]

@@ -1,11 +1,11 @@
-// Exponential and logarithm of vectors. Included by files of one instruction set each.
+// Exponential and logarithm of vectors. Included by one file per instruction set.
 #pragma once
 
 #include "simd.h"
 
 namespace {
 
-// e^(x / tau) = 2^(x (hi + lo)); below `low` it is 0 in float.
+// e^(x / tau) = 2^(x (hi + lo)); for x below `low` it is 0 in float.
 struct Exponent {
     float hi, lo, low;
 
@@ -26,7 +26,7 @@ inline vf exp(vf x, const Exponent& e) {
 
 inline float exp(float x, const Exponent& e) { return exp(set(x), e)[0]; }
 
-// log(x) for x that are positive and normal, or NaN.
+// log(x) for positive normal x; NaN at NaN.
 inline vf log(vf x) {
     // x = 2^n m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh((m - 1) / (m + 1)).
     const vi bits = (vi)x - 0x3f3504f3;

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t large_page = 2 << 20;
 
-// Exchanged whole: there is no lock that a child of fork() could inherit locked.
+// Exchanged atomically, without a lock: a child of fork() could inherit a locked one.
 std::atomic<Block*> kept{nullptr};
 
 }  // namespace
@@ -24,7 +24,7 @@ Block::Block(int64_t wanted) : bytes((wanted + 4095) / 4096 * 4096) {
     if (before > 0) munmap(mapped, before);
     munmap(memory + bytes, large_page - before);
 #if defined(MADV_HUGEPAGE)
-    // A hint: where the system has none to give, nothing but time is lost.
+    // A hint. Without large pages, allocation only takes longer.
     madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
 }
@@ -40,7 +40,7 @@ Block* take_block(int64_t bytes) {
 
 void give_block(Block* block) {
 #if defined(MADV_FREE)
-    // The small pages at the end would take as long as all others.
+    // Only large pages: the small ones at the end would take as long as all of these.
     madvise(block->memory, block->bytes / large_page * large_page, MADV_FREE);
 #endif
     delete kept.exchange(block);

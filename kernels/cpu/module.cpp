@@ -1,5 +1,5 @@
-// The Python module amtss_fast._cpu. Tensors arrive as addresses, which costs a tenth of what arrays cost; the adapter
-// in amtss_fast/loss/backends/cpu.py keeps them alive and has checked them.
+// The Python module amtss_fast._cpu. Tensors are passed as addresses, which takes a tenth of the time of array objects.
+// The caller, amtss_fast/loss/backends/cpu.py, checks the tensors and keeps them alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "core.h"
-#include "int8.h"
+#include "encoder/attention.h"
+#include "loss/core.h"
+#include "encoder/int8.h"
 #include "memory.h"
 
 namespace nb = nanobind;
@@ -33,7 +33,7 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// Chosen once, when it is first asked for.
+// Chosen once, at the first call.
 const Kernel& kernel() {
     static const Kernel& chosen = [&]() -> const Kernel& {
         if (const Kernel* found = chosen_kernel()) return *found;
@@ -91,7 +91,7 @@ void set_weighting(Options& options, const std::string& name) {
     options.weighting = Weighting(found - weighting_names);
 }
 
-// The tensor owns its block, and gives it back when the last reference to its storage is gone.
+// The tensor owns its block and returns it when the last reference to its storage is gone.
 nb::ndarray<nb::pytorch, nb::device::cpu> gradient(int64_t rows, int64_t classes, int type) {
     const bool narrow = Type(type) == Type::bf16;
     Block* const block = take_block(rows * classes * (narrow ? 2 : 4));
@@ -105,9 +105,9 @@ nb::ndarray<nb::pytorch, nb::device::cpu> gradient(int64_t rows, int64_t classes
 
 NB_MODULE(_cpu, m) {
     m.def("instruction_set", [] { return kernel().name; },
-          "The instruction set in use: the best one, or what AMTSS_CPU_ISA names; RuntimeError if the machine lacks that.");
-    m.def("instruction_sets", &instruction_sets, "The instruction sets of this machine that the kernels know, best first.");
-    nb::class_<Options>(m, "Options", "The options of the loss, each to be set by its name.")
+          "The instruction set in use: the best one, or the one that AMTSS_CPU_ISA names; RuntimeError if the machine lacks that.");
+    m.def("instruction_sets", &instruction_sets, "The instruction sets that this machine and the kernels support, best first.");
+    nb::class_<Options>(m, "Options", "The options of the loss as attributes.")
         .def(nb::init<>())
         .def_rw("temperature", &Options::temperature)
         .def_prop_rw("weighting", &weighting, &set_weighting)
@@ -119,13 +119,13 @@ NB_MODULE(_cpu, m) {
         .def_rw("unlabeled_index", &Options::unlabeled_index);
     m.attr("weightings") = std::vector<std::string>(std::begin(weighting_names), std::end(weighting_names));
     m.def("loss", &loss,
-          "Loss, gradient and stats, written to the addresses given. Returns None, or (which tensor, index) of a value "
-          "that is not allowed: 1 labels, 2 teacher_prior, 3 sample_weight.");
+          "Writes loss, gradient and stats to the given addresses. Returns None, or (tensor, index) of a wrong value, with "
+          "tensor 1: labels, 2: teacher_prior, 3: sample_weight.");
     m.attr("large_gradient") = large_gradient;
     m.def("gradient", &gradient,
-          "A tensor [rows, classes] of arbitrary values, for gradients of `large_gradient` bytes and more: the memory of the "
-          "last one that was freed, or else new memory.");
-    m.def("release_memory", &release_kept, "Hands the memory kept for the next large gradient back to the system.");
+          "A tensor [rows, classes] of arbitrary values, for gradients of `large_gradient` bytes and more. It takes the memory of "
+          "the last such tensor that was freed, or new memory.");
+    m.def("release_memory", &release_kept, "Frees the memory that is kept for the next large gradient.");
     m.def("int8_supported", &int8_supported, "Whether this machine runs int8_linear and attention: AVX-512 with VNNI.");
     m.def(
         "int8_linear",
@@ -141,7 +141,7 @@ NB_MODULE(_cpu, m) {
         "attention",
         [](int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t width,
            const std::vector<int64_t>& tensors, float scale, uintptr_t out, int threads) {
-            // Address and three strides of q, k, v and the mask.
+            // `tensors`: the address and three strides of q, k, v and the mask.
             Attention p{batch, heads, queries, keys, width, {}, {}, {}, {}, {}, {}, {}, {}, scale, pointer<float>(out)};
             const float** places[] = {&p.q, &p.k, &p.v};
             int64_t* strides[] = {p.q_stride, p.k_stride, p.v_stride, p.mask_stride};
@@ -159,5 +159,5 @@ NB_MODULE(_cpu, m) {
             nb::gil_scoped_release released;
             for (int i = 0; i < repeats; i++) kernel().exp(pointer<float>(x), pointer<float>(y), n);
         },
-        "y[i] = exp(x[i]) for n floats <= 0, several times over: the exponential of the loss by itself.");
+        "y[i] = exp(x[i]) for n floats <= 0, computed `repeats` times with the exponential of the loss.");
 }

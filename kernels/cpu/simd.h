@@ -1,6 +1,6 @@
-// A vector of W floats on each instruction set: the few operations that compilers do not write by themselves.
-// Arithmetic, comparison, shifts and `mask ? a : b` are the compiler's own (GCC and Clang vector types).
-// Included by one file per instruction set; everything is local to that file.
+// Vectors of W floats on each instruction set: the operations that GCC and Clang vector types do not have. Arithmetic,
+// comparisons, shifts and `mask ? a : b` are those of the compiler. Included by one file per instruction set;
+// everything is local to that file.
 #pragma once
 
 #include <stdint.h>
@@ -47,25 +47,29 @@ inline V load_bits(const void* p) {
 inline vf load(const float* p) { return load_bits<vf>(p); }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Rounds to the nearest multiple of its last bit what is added to it.
+// A number plus `magic` is rounded to a multiple of the last bit of `magic`.
 #if defined(__AVX512F__)
-constexpr float magic = 0x1.8p18f;  // 1/32
+// A multiple of 1/32.
+constexpr float magic = 0x1.8p18f;
 #else
-// 1. In the bits of the sum t = magic + n the lowest nine hold n + 191, so that shifted into a float's exponent they are
+// A multiple of 1. The lowest nine bits of t = magic + n hold n + 191; shifted into the exponent of a float, they give
 // 2^(n + 64).
 constexpr float magic = 0x1.8p23f + 191;
 #endif
 
-// max returns x where x is NaN. power(f, t): 2^(n + f) for t = magic + n with n in [-191, 60] and f the rest that rounding
-// left, subnormal results rounded.
-// low_pairs(a, b): a0 b0 a1 b1 of each four lanes, high_pairs: a2 b2 a3 b3; low_halves: a0 a1 b0 b1, high_halves: a2 a3 b2 b3.
-// load_quads: four floats from each of W / 4 places; store_quad<i>: the i-th four lanes.
+// max(bound, x): x where x is NaN.
+// power(f, t): 2^(n + f) for t = magic + n with n in [-191, 60], and f the remainder of the rounding. Subnormal results
+//     are rounded.
+// low_pairs(a, b): a0 b0 a1 b1 of each four lanes; high_pairs: a2 b2 a3 b3.
+// low_halves(a, b): a0 a1 b0 b1 of each four lanes; high_halves: a2 a3 b2 b3.
+// load_quads: four floats from each of W / 4 addresses; store_quad<i>: lanes 4 i to 4 i + 3.
 #if defined(__AVX512F__)
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf max(vf bound, vf x) { return _mm512_max_ps(bound, x); }
 inline vf min(vf bound, vf x) { return _mm512_min_ps(bound, x); }
 inline vf power(vf f, vf t) {
-    // n's fraction is the lowest five bits of t, which are all that the tables look at; its whole part goes to the exponent.
+    // The fraction of n is the lowest five bits of t, which index the tables. Its integer part is added to the
+    // exponent.
     const vf low = {0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f,
                     0x1.2387a6p+0f, 0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f,
                     0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f};
@@ -116,7 +120,7 @@ inline vf max(vf bound, vf x) { return _mm_max_ps(bound, x); }
 inline vf min(vf bound, vf x) { return _mm_min_ps(bound, x); }
 inline void stream(float* p, vf v) { _mm_stream_ps(p, v); }
 inline vf widen(vu16 h) {
-    // The exponent moves from bias 15 to 127 by a multiplication, which also sets subnormals right.
+    // A multiplication changes the bias of the exponent from 15 to 127, also for subnormal numbers.
     const vi bits = __builtin_convertvector(h, vi), magnitude = bits & 0x7fff;
     const vi finite = (vi)((vf)(magnitude << 13) * set(0x1p112f));
     const vi special = (magnitude << 13) | 0x7f800000;
@@ -166,7 +170,7 @@ inline void store_rows(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
     if constexpr (4 * i + 4 < W) store_rows<i + 1>(p + 4 * stride, stride, a, b, c, d);
 }
 
-// The other way: row after row, four floats each.
+// The inverse of load_columns: writes four floats to each of W rows, in order.
 inline void store_columns(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
     const vf ab = low_pairs(a, b), cd = low_pairs(c, d), ab_high = high_pairs(a, b), cd_high = high_pairs(c, d);
     store_rows<0>(p, stride, low_halves(ab, cd), high_halves(ab, cd), low_halves(ab_high, cd_high),
@@ -185,7 +189,7 @@ inline vf power(vf f, vf t) {
 }
 #endif
 
-// The first n lanes; those behind them are `rest`, or are not written.
+// Loads or stores the first n lanes. The other lanes are `rest`, or are not written.
 #if defined(__AVX512F__)
 inline vf load_first(const float* p, int n, float rest) { return _mm512_mask_loadu_ps(set(rest), __mmask16((1 << n) - 1), p); }
 inline void store_first(float* p, int n, vf v) { _mm512_mask_storeu_ps(p, __mmask16((1 << n) - 1), v); }
@@ -200,7 +204,7 @@ inline void store_first(float* p, int n, vf v) {
 }
 #endif
 
-// x * (hi + lo) - n with the product exact to float's precision of the small difference.
+// x * (hi + lo) - n, where the difference is small and the product is exact enough for it to be a rounded float.
 #if defined(__x86_64__) && !defined(__FMA__)
 inline vf reduce(vf x, float hi, float lo, vf n) {
     const __m128d factor = _mm_set1_pd(double(hi) + double(lo));
@@ -214,7 +218,7 @@ inline vf reduce(vf x, float hi, float lo, vf n) { return fma(x, set(lo), fma(x,
 #endif
 
 #if defined(__AVX512F__)
-// One permutation of 16-bit words, with zeros between them, in place of a conversion and a shift.
+// One permutation of 16-bit words with zeros between them, instead of a conversion and a shift.
 inline vf widen_bf16(vu16 h) {
     const vi places = {0x00000, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000,
                        0x80000, 0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000};
@@ -224,7 +228,7 @@ inline vf widen_bf16(vu16 h) {
 inline vf widen_bf16(vu16 h) { return (vf)(__builtin_convertvector(h, vi) << 16); }
 #endif
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 inline vu16 narrow_bf16(vf x) {
     const vi bits = (vi)x;
     const vi rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -232,14 +236,14 @@ inline vu16 narrow_bf16(vf x) {
     return __builtin_convertvector(kept >> 16, vu16);
 }
 
-// Orders streamed writes before what follows.
+// Completes streamed writes before later ones.
 inline void fence() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
 }
 
-// Of all lanes, halving them at every step.
+// Reductions over all lanes, in halves.
 #if defined(__AVX512F__)
 inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
 inline float largest_lane(vf v) { return _mm512_reduce_max_ps(v); }

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-// OpenMP's entry, of GNU's library and of LLVM's. Nothing links to it: it is there once torch has loaded its own.
+// The entry of GNU's and LLVM's OpenMP libraries. The symbol is weak: it is defined if torch has loaded one of them.
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace amtss {
@@ -24,7 +24,7 @@ struct Job {
     }
 };
 
-// The team of an OpenMP library does not reach a child of fork().
+// A child of fork() does not have the threads of the OpenMP library.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 

@@ -1,7 +1,10 @@
 """The loss in fused Triton kernels, for CUDA and ROCm.
 
-Importable without Triton, so that `why_missing` can say so.
+This module satisfies the protocol :class:`amtss_fast.loss.contract.Backend`. It can be imported without Triton;
+`why_missing` then says so.
 """
+
+from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is not None:
-    from .launch import amtss_loss, interpreted
+    from .binary import interpreted
+    from .launch import amtss_loss
     from .scale import scale_gradient
 
 __all__ = ["CHECKS_VALUES", "amtss_loss", "scale_gradient", "why_missing", "why_not"]
@@ -20,7 +24,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_missing() -> str | None:
-    """Triton and a GPU are needed; or Triton's interpreter, on request."""
+    """Why this machine cannot run the backend; None if it can. Triton's interpreter stands in for a GPU on request."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if torch.cuda.is_available() or interpreted():
@@ -29,7 +33,7 @@ def why_missing() -> str | None:
 
 
 def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
-    """The reason why these tensors cannot be run, or None."""
+    """Why the backend cannot run these tensors; None if it can."""
     if not student_logits.is_cuda and not (interpreted() and student_logits.device.type == "cpu"):
         return f"they are on {student_logits.device}, the kernels need a CUDA or ROCm device"
     if student_logits.dtype not in _FLOATS:

@@ -1,4 +1,4 @@
-"""The native CPU backend: what is its own beside the formula, which test_loss.py holds it to."""
+"""The native CPU backend: everything but the formula, which test_loss.py tests."""
 
 from __future__ import annotations
 
@@ -45,9 +45,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         timeout=300,
     )
-
-
-# ---- instruction sets
 
 
 def check_instruction_set(name: str) -> None:
@@ -100,9 +97,6 @@ amtss_fast.amtss_loss(logits, [logits], backend="cpu")
 """
     run = run_python(code)
     assert "RuntimeError: backend 'cpu' is not available: the compiled module amtss_fast._cpu cannot" in run.stderr
-
-
-# ---- threads
 
 
 @pytest.fixture
@@ -170,9 +164,6 @@ def test_after_fork() -> None:
     child.join(60)
     assert child.exitcode == 0
     assert queue.get() == loss
-
-
-# ---- inputs
 
 
 @pytest.mark.parametrize("c", [3, 50, 3000])
@@ -251,7 +242,7 @@ def test_more_than_two_billion_logits() -> None:
     n, c = 70_000, 32_768
     if available_memory() < 8e9:
         pytest.skip("the gradient alone takes 4.6 GB")
-    # Memory that nobody touches is not there yet: only the last rows count.
+    # Pages that are not written to are not allocated: only the last rows take memory.
     student, teacher = torch.empty(n, c, dtype=torch.bfloat16), torch.empty(n, c, dtype=torch.bfloat16)
     student[-3:], teacher[-3:] = torch.randn(3, c), torch.randn(3, c)
     labels = torch.full((n,), -100)
@@ -268,9 +259,6 @@ def test_more_than_two_billion_logits() -> None:
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(grad[-3:], small.grad)
     assert not grad[:-3:997].any()
-
-
-# ---- what it costs
 
 
 def test_memory_of_large_gradients_is_used_again() -> None:
@@ -327,9 +315,6 @@ def test_memory_beyond_the_gradient() -> None:
     assert run.returncode == 0, run.stderr
 
 
-# ---- refusals
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -355,7 +340,7 @@ def test_values_that_are_not_allowed(change: dict[str, Any], message: str, reduc
 
 def test_what_it_cannot_run_is_refused() -> None:
     double = torch.zeros(2, 3, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"student_logits are torch\.float64; it knows"):
+    with pytest.raises(RuntimeError, match=r"student_logits are torch\.float64; it takes"):
         amtss_loss(double, [double], backend="cpu")
     with pytest.raises(RuntimeError, match=r"teacher_logits\[1\] is torch\.float64"):
         amtss_loss(double.float(), [double.float(), double], backend="cpu")

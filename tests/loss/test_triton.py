@@ -1,6 +1,6 @@
-"""The Triton kernels: no access out of bounds, every output written, few compilations, lean code.
+"""The Triton kernels: no access out of bounds, every output written, few compilations, no spilled registers.
 
-That they compute the right thing is tested in test_loss.py, on a GPU or in Triton's interpreter.
+test_loss.py tests their results, on a GPU or in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if registry.why_missing("triton") is not None:
     pytest.skip("the Triton kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from amtss_fast.loss.backends import triton as _triton
-from amtss_fast.loss.backends.triton import launch, scale
+from amtss_fast.loss.backends.triton import binary, launch, scale, sums
+from amtss_fast.loss.backends.triton.teachers import SLOTS, teacher_arguments
 from amtss_fast.loss.contract import LossInputs
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 3, 2), (67, 5, 3), (9, 65, 2), (5, 301, 3), (3, 8201, 2)]
 
 
-# Exact in every type of logits; a label that no kernel may meet; an offset far from any memory.
+# FENCE is exact in every type of logits. NO_LABEL is a label that no kernel may read, and an offset outside all memory.
 FENCE, NO_LABEL = 12288.0, 2**60
 
 
@@ -50,7 +51,7 @@ class Fence:
         self.before = self.buffer.clone()
 
     def assert_stands(self, whole: bool) -> None:
-        """Nothing was written outside; or with `whole` inside either."""
+        """Nothing was written outside; with `whole`, nor inside."""
         margin = len(self.buffer) if whole else self.margin
         for side in (slice(margin), slice(-margin, None)):
             got, want = self.buffer[side], self.before[side]
@@ -60,7 +61,7 @@ class Fence:
 
 @pytest.fixture
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fence]]:
-    """Every tensor that the launcher allocates is NaN throughout (or nonsense), between fences that must stay."""
+    """Fills every tensor that the launcher allocates with NaN or NO_LABEL, between fences that must stay unchanged."""
     fences: list[Fence] = []
     empty = torch.Tensor.new_empty
 
@@ -87,7 +88,7 @@ def test_stays_within_its_buffers(outputs: list[Fence], n: int, c: int, k: int, 
     inputs = []
 
     def fence(t: torch.Tensor) -> torch.Tensor:
-        # What is read around an input does not stay hidden.
+        # NaN around an input makes reads outside of it visible.
         inputs.append(Fence(t, float("nan") if t.is_floating_point() else t.dtype == torch.bool or NO_LABEL))
         return inputs[-1].inner
 
@@ -106,7 +107,7 @@ def test_stays_within_its_buffers(outputs: list[Fence], n: int, c: int, k: int, 
 def test_impossible_labels_make_their_rows_nan(
     monkeypatch: pytest.MonkeyPatch, weighting: str, n: int, c: int, k: int
 ) -> None:
-    # As on a GPU without AMTSS_DEBUG, where looking at labels would wait for the device.
+    # As on a GPU without AMTSS_DEBUG, where reading labels would wait for the device.
     monkeypatch.setattr(ops, "values_are_free", lambda tensor: False)
     case = make_case(n, c, k, special_rows=False, ce_weight=0.5, weighting=weighting, reduction="none")
     clean = case.run("triton")
@@ -150,9 +151,9 @@ def test_many_teachers(monkeypatch: pytest.MonkeyPatch, stacked: bool, k: int, c
     case = make_case(10, c, k, masked=True, ce_weight=0.3)
     memory = torch.stack(case.teachers)
     case.teachers = [memory[j] for j in (range(k) if stacked else [0, *range(k - 1, 0, -1)])]
-    arguments, launches = launch.teacher_arguments(case.teachers)
-    assert len(launches) == (k if k > launch.SLOTS and not stacked else 0)
-    assert (arguments["t15"] is None) == (k <= launch.SLOTS // 2)
+    arguments, launches = teacher_arguments(case.teachers)
+    assert len(launches) == (k if k > SLOTS and not stacked else 0)
+    assert (arguments["t15"] is None) == (k <= SLOTS // 2)
 
     # The first argument stands for all of the memory that is reached through it.
     monkeypatch.setattr(launch, "teacher_arguments", lambda teachers: (arguments | {"t0": memory}, launches))
@@ -167,9 +168,9 @@ def test_autotuning_is_opt_in(monkeypatch: pytest.MonkeyPatch, n: int, c: int, k
         tried.append(run())
         return [1.0] * len(quantiles)
 
-    autotune = launch.triton.autotune
-    monkeypatch.setattr(launch.triton, "autotune", lambda configs, key: autotune(configs, key, do_bench=bench))
-    launch._tunable.cache_clear()
+    autotune = binary.triton.autotune
+    monkeypatch.setattr(binary.triton, "autotune", lambda configs, key: autotune(configs, key, do_bench=bench))
+    binary._tunable.cache_clear()
     case = make_case(n, c, k, ce_weight=0.5)
     plain = case.run("triton")
     assert not tried
@@ -178,7 +179,7 @@ def test_autotuning_is_opt_in(monkeypatch: pytest.MonkeyPatch, n: int, c: int, k
     assert len(tried) >= 5
     for a, b in zip(plain.parts().values(), tuned.parts().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    launch._tunable.cache_clear()
+    binary._tunable.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -199,23 +200,24 @@ def test_the_gradient_is_scaled_in_place(monkeypatch: pytest.MonkeyPatch, dtype:
 
 @pytest.mark.parametrize("n", [0, 1, 500, 513, 65_536, 65_537, 200_003])
 def test_sums_over_the_rows(n: int) -> None:
+    torch.manual_seed(0)
     labels, rows = torch.randint(-1, 3, (n,)), torch.rand(n)
     for ignored in (-1, -100):
-        launches: list[launch.Launch] = []
-        loss = launch._add(rows, launch._count(labels, ignored, launches), ignored, launches)
-        launch.run(launches)
+        launches: list[binary.Launch] = []
+        loss = sums.add(rows, sums.count(labels, ignored, launches), ignored, launches)
+        binary.launch_all(launches)
         torch.testing.assert_close(loss.double(), rows.double().sum() / max(1, int((labels != ignored).sum())))
     launches = []
-    loss = launch._add(rows, None, -100, launches)
-    launch.run(launches)
+    loss = sums.add(rows, None, -100, launches)
+    binary.launch_all(launches)
     torch.testing.assert_close(loss.double(), rows.double().sum())
 
 
 @pytest.mark.parametrize("c", [3, 301, 8201])
 def test_divisor_of_many_rows(monkeypatch: pytest.MonkeyPatch, c: int) -> None:
     """Rows are counted by a kernel of its own."""
-    monkeypatch.setattr(launch, "FEW_ROWS", 0)
-    monkeypatch.setattr(launch, "ONE_PROGRAM", 0)
+    monkeypatch.setattr(sums, "FEW_ROWS", 0)
+    monkeypatch.setattr(sums, "ONE_PROGRAM", 0)
     case = make_case(7, c, 2, ce_weight=0.5)
     assert_within_budget(case.run("triton"), case)
 
@@ -226,7 +228,7 @@ def test_float64_is_refused() -> None:
         case.run("triton")
 
 
-# Compilations, and what compilers say: in a process of its own, because the interpreter replaces the compiler.
+# Tests of compilations run in a process of their own, because the interpreter replaces the compiler.
 
 
 def run_compiling(script: str) -> str:
@@ -250,7 +252,7 @@ import collections, itertools, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from amtss_fast.loss.backends.triton import launch
+from amtss_fast.loss.backends.triton import launch, plan
 from amtss_fast.loss import LossOptions
 from amtss_fast.loss.backends.triton.config import choose_layout
 from amtss_fast.loss.contract import LossInputs
@@ -269,7 +271,7 @@ def key(launched):
 def tensor(n, c, dtype=torch.float32, offset=0, row=0):
     return torch.empty(offset + n * (c + row) + 64, dtype=dtype)[offset:].as_strided((n, c), (c + row, 1))
 
-def plan(student, teachers, labels=True, prior=None, mask=None, weight=None, items=None, beta=1.0, ce=0.5,
+def planned(student, teachers, labels=True, prior=None, mask=None, weight=None, items=None, beta=1.0, ce=0.5,
          weighting="label_margin", reduction="mean", grad=True, stats=False):
     labels = torch.zeros(len(student), dtype=torch.int64) if labels else None
     scale = [torch.empty(len(student)) if t.dtype == torch.uint8 else None for t in teachers]
@@ -279,18 +281,18 @@ def plan(student, teachers, labels=True, prior=None, mask=None, weight=None, ite
     return launch.prepare(inputs, options, need_grad=grad, need_stats=stats)
 
 def keys(cases):
-    planned = [p for n, c, k in cases for p in plan(tensor(n, c), [tensor(n, c) for _ in range(k)])[0]]
-    found = {key(p) for p in planned}
+    all_launches = [p for n, c, k in cases for p in planned(tensor(n, c), [tensor(n, c) for _ in range(k)])[0]]
+    found = {key(p) for p in all_launches}
     return len(found), len({name for name, *_ in found})
 
-launch.make_plan.cache_clear()
+plan.make_plan.cache_clear()
 print(*keys([(n, 3, k) for n in (1, 7, 16, 64, 500) for k in (5, 6, 7, 8)]))
-print(launch.make_plan.cache_info().currsize)
+print(plan.make_plan.cache_info().currsize)
 print(*keys([(n, c, 3) for n in (1, 2, 16, 33) for c in (1600, 1616, 1999, 2001)]))
 print(*keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)]))
 
 def check(c, student, teachers, **options):
-    launches, (_, grad, _) = plan(student, teachers, **options)
+    launches, (_, grad, _) = planned(student, teachers, **options)
     layout = choose_layout(c, [student, *teachers, *([] if grad is None else [grad])])
     for launched in launches:
         key(launched)
@@ -318,7 +320,7 @@ assert len(seen) > 300 and {len(found) for found in seen.values()} == {1}, len(s
     assert tiles == rows == "2 2"
     # A plan for each number of teachers.
     assert plans == "4"
-    # Three kernels of the loss, one of which knows how many chunks a row has, to a power of two.
+    # Three kernels of the loss. One is compiled for the number of chunks of a row, rounded up to a power of two.
     assert int(chunks.split()[0]) <= 5
 
 

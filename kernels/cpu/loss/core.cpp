@@ -1,4 +1,4 @@
-#include "core.h"
+#include "loss/core.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,10 @@
 namespace amtss {
 namespace {
 
-// A call with fewer logits than this is over before a second thread would have woken up.
+// A call with fewer logits ends before a second thread would start to work.
 constexpr int64_t logits_worth_a_thread = 1 << 15;
-// Sums of rows are added up in this many parts at most, always the same ones.
+// The rows are divided into at most this many parts, whose losses are added in order. The parts do not depend on the
+// threads.
 constexpr int64_t max_parts = 512;
 
 struct Scratch {
@@ -46,7 +47,7 @@ Outcome check(const Problem& p) {
         if ((label < 0 || label >= p.classes) && label != p.ignore_index && label != p.unlabeled_index)
             return {Fault::label, n};
     }
-    // NaN is neither.
+    // Written so that NaN is wrong too.
     const auto wrong = [](float weight) { return !(weight >= 0 && weight < HUGE_VALF); };
     for (int64_t i = 0; p.prior && i < p.teachers * (p.prior_per_row ? p.rows : 1); i++)
         if (wrong(p.prior[i])) return {Fault::prior, i};
@@ -68,10 +69,10 @@ const Kernel* const* supported_kernels() {
 }
 
 const Kernel* chosen_kernel() {
-    const char* wanted = std::getenv("AMTSS_CPU_ISA");
+    const char* name = std::getenv("AMTSS_CPU_ISA");
     const Kernel* const* kernel = supported_kernels();
-    if (wanted && *wanted)
-        while (*kernel && std::strcmp((*kernel)->name, wanted) != 0) kernel++;
+    if (name && *name)
+        while (*kernel && std::strcmp((*kernel)->name, name) != 0) kernel++;
     return *kernel;
 }
 

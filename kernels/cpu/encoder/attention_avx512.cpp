@@ -1,10 +1,11 @@
-// One head: keys are turned once, so that a vector holds the scores of 16 of them; then 12 queries at a time.
-#include "attention.h"
+// One head. The keys are transposed once, so that a vector holds the scores of 16 keys; then 12 queries are processed
+// at a time.
+#include "encoder/attention.h"
 
 #include <algorithm>
 
 #include "exp.h"
-#include "outer.h"
+#include "encoder/outer.h"
 
 namespace amtss {
 namespace {
@@ -33,21 +34,21 @@ void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
     }
 }
 
-// turned[d, j] = k[j, d], and zeros behind the last key.
-void turn(const float* k, int64_t stride, int64_t keys, int64_t width, float* turned, int64_t turned_stride) {
+// transposed[d, j] = k[j, d], and 0 after the last key.
+void transpose(const float* k, int64_t stride, int64_t keys, int64_t width, float* transposed, int64_t transposed_stride) {
     int64_t j = 0;
     for (; j + W <= keys; j += W)
         for (int64_t d = 0; d < width; d += 4) {
             vf column[4];
             load_columns(k + j * stride + d, stride, column);
-            for (int c = 0; c < 4; c++) store(turned + (d + c) * turned_stride + j, column[c]);
+            for (int c = 0; c < 4; c++) store(transposed + (d + c) * transposed_stride + j, column[c]);
         }
     for (int64_t d = 0; d < width; d++)
-        for (int64_t rest = j; rest < turned_stride; rest++)
-            turned[d * turned_stride + rest] = rest < keys ? k[rest * stride + d] : 0;
+        for (int64_t rest = j; rest < transposed_stride; rest++)
+            transposed[d * transposed_stride + rest] = rest < keys ? k[rest * stride + d] : 0;
 }
 
-// Scores to probabilities: 0 for keys that are masked or none.
+// Scores to probabilities. Masked keys and the padding get 0.
 void softmax(float* scores, int64_t keys, int64_t padded, const uint8_t* mask, float scale, const Exponent& natural) {
     const auto counts = [&](int64_t j) -> __mmask16 {
         const __mmask16 there = first(keys - j);
@@ -61,7 +62,7 @@ void softmax(float* scores, int64_t keys, int64_t padded, const uint8_t* mask, f
         largest = max(largest, score);
     }
     const float top = _mm512_reduce_max_ps(largest);
-    // Nothing to attend to.
+    // All keys are masked.
     if (top == -__builtin_inff()) return std::fill(scores, scores + padded, 0.0f);
     vf sums{};
     for (int64_t j = 0; j < padded; j += W) {
@@ -80,12 +81,12 @@ void attend_avx512(const Attention& p, int64_t n, int64_t h, float* scratch) {
     const float *q = p.q + start(p.q_stride), *k = p.k + start(p.k_stride), *v = p.v + start(p.v_stride);
     const uint8_t* mask = p.mask ? p.mask + start(p.mask_stride) : nullptr;
     const int64_t padded = padded_keys(p), row = p.heads * p.width;
-    float *const turned = scratch, *const scores = scratch + p.width * padded;
+    float *const transposed = scratch, *const scores = scratch + p.width * padded;
     float* const out = p.out + n * p.queries * row + h * p.width;
-    turn(k, p.k_stride[2], p.keys, p.width, turned, padded);
+    transpose(k, p.k_stride[2], p.keys, p.width, transposed, padded);
     const Exponent natural(1);
     row_blocks(p.queries, [&](int64_t from, int64_t to) {
-        FOR_ROWS(to - from, product, q + from * p.q_stride[2], p.q_stride[2], turned, padded, p.width, padded, scores,
+        FOR_ROWS(to - from, product, q + from * p.q_stride[2], p.q_stride[2], transposed, padded, p.width, padded, scores,
                  padded);
         for (int64_t i = from; i < to; i++)
             softmax(scores + (i - from) * padded, p.keys, padded, mask ? mask + i * p.mask_stride[2] : nullptr, p.scale,

@@ -1,4 +1,4 @@
-#include "kernel.h"
+#include "loss/kernel.h"
 
 namespace amtss {
 extern const Kernel kernel_avx512 = {"avx512", tile_rows, loss_rows, exp_all};

@@ -1,4 +1,4 @@
-// Outer products whose sums stay in registers: up to 12 rows by two vectors of columns. AVX-512.
+// Outer products with their sums in registers: up to 12 rows by two vectors of columns. AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -10,12 +10,12 @@
 
 namespace {
 
-// 24 sums, two vectors that are multiplied and one broadcast fill the registers.
+// 24 sums, two vectors of columns and one broadcast value fill the registers.
 constexpr int most_rows = 12;
 
 inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
 
-// f(0), ... f(R - 1) with numbers known to the compiler: an array that a loop counts through would live in memory.
+// Calls f(0), ... f(R - 1) with constants. In a loop, the compiler would keep an array of sums in memory.
 template <class F, int... r>
 INLINE inline void each(std::integer_sequence<int, r...>, F f) {
     (f(std::integral_constant<int, r>{}), ...);
@@ -24,7 +24,7 @@ INLINE inline void each(std::integer_sequence<int, r...>, F f) {
 template <int R>
 using Rows = std::make_integer_sequence<int, R>;
 
-// Row r of a matrix, three from each of four addresses: few registers, and no multiplication.
+// Row r of a matrix, as one of four addresses plus 0, 1 or 2 strides: few registers, no multiplication.
 template <class T>
 struct RowAddress {
     const T *zero, *three, *six, *nine;
@@ -38,7 +38,7 @@ struct RowAddress {
     }
 };
 
-// f<R>() for R = rows, 1 to 12.
+// Calls f<R>(...) for R = rows, which is 1 to 12.
 #define FOR_ROWS(rows, f, ...)                                                                                   \
     do {                                                                                                         \
         using F = decltype(&f<1>);                                                                               \
@@ -46,7 +46,8 @@ struct RowAddress {
         table[rows](__VA_ARGS__);                                                                                \
     } while (false)
 
-// f(begin, end) for blocks of at most 12 of n rows, of nearly one size: small ones waste the most.
+// Calls f(begin, end) for blocks of at most 12 of n rows. The blocks have nearly one size, because small ones are
+// inefficient.
 template <class F>
 inline void row_blocks(int64_t n, F f) {
     const int64_t blocks = (n + most_rows - 1) / most_rows;

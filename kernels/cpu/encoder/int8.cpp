@@ -1,4 +1,4 @@
-#include "int8.h"
+#include "encoder/int8.h"
 
 #include <algorithm>
 #include <vector>
@@ -18,9 +18,9 @@ bool int8_supported() {
 
 void run(const Int8Linear& p, int threads) {
     if (p.rows == 0) return;
-    // Products that are over before a second thread would have woken up.
+    // A small product ends before a second thread would start to work.
     if (threads < 1 || p.rows * p.inputs * p.outputs < 1 << 20) threads = 1;
-    // Tiles of one size, as many for each thread, so that threads end together.
+    // Tiles have one size and each thread gets the same number of them, so that the threads end together.
     const int64_t round = threads * tile_rows(p), shares = threads * ((p.rows + round - 1) / round);
     struct Context {
         const Int8Linear& p;

@@ -1,44 +1,40 @@
 """Rows of any length: statistics of chunks, their union per row, and one gradient pass over the same chunks.
 
-A chunk of a row is one program, so that a few long rows fill a device as well as many do. Each logit is read once for
-the loss and once more for the gradient. What lies between is a few numbers per chunk and teacher, each relative to the
-largest logit of its own chunk.
+Each program has one chunk of a row, so that few long rows keep a device as busy as many do. Each logit is read once for
+the loss and once for the gradient. Between the two passes, memory holds a few numbers per chunk and teacher, each
+relative to the largest logit of its chunk.
 """
 
 import triton
 import triton.language as tl
+from amtss_fast._compat.triton import jit_without_specialization as kernel
 
-from .common import (
-    LN2,
-    admit,
-    columns_of,
-    kernel,
-    load_tile,
-    locate_teacher,
-    margin_of,
-    place_tile,
-    read_prior,
-    read_row_inputs,
-    read_scales,
-    stand_out,
-    store_tile,
+from .inputs import find_teacher, read_prior, read_row_inputs
+from .loss import (
+    cross_entropy,
+    cross_entropy_gradient,
+    distillation_loss,
+    divergence_of,
+    gradient_factor,
+    weighted_loss,
 )
-from .total import read_divisor
+from .margins import LN2, admit, margin_label, margin_of, stand_out
+from .memory import columns_of, load_tile, place_tile, store_tile
 
-# Everything between the kernels is in pairs, because a pair moves as one number. Those of a chunk, [N, chunks, 2] each:
-# for the student its maximum and sum exp2(b), the two logits of its margin (-inf where they are in other chunks), and
-# for the cross entropy the label's logit and sum exp2(b tau), sum b and its number of classes;
+# The kernels pass on pairs of numbers, because a pair is loaded and stored as one number. The pairs of a chunk are
+# [N, chunks, 2] each. For the student: the maximum and sum exp2(b); the two logits of the margin (-inf if they are in
+# other chunks); for the cross entropy the label's logit and sum exp2(b tau), then sum b and the number of classes.
 STUDENT_CHUNK_PAIRS = tl.constexpr(4)
-# then for each teacher its maximum and sum exp2(a), the two logits of its margin, sum exp2(a) (a - b) and nothing.
+# For each teacher: the maximum and sum exp2(a); the two logits of the margin; sum exp2(a) (a - b) and an unused number.
 TEACHER_CHUNK_PAIRS = tl.constexpr(3)
-# Those of a row, [N, 2]: for the student the maximum and the factor of exp2(b), the factors of exp2(b tau) and of the
-# target; then for each teacher its maximum and the factor of exp2(a).
+# The pairs of a row are [N, 2] each. For the student: the maximum and the factor of exp2(b); the factors of exp2(b tau)
+# and of the target. For each teacher: the maximum and the factor of exp2(a).
 STUDENT_PAIRS = tl.constexpr(2)
 
 
 @triton.jit
 def load_pair(pointer, mask=None):
-    """Two neighbouring numbers, 0 outside of `mask`."""
+    """Two consecutive numbers, 0 outside of `mask`."""
     pointer = pointer.to(tl.pointer_type(tl.int64))
     both = tl.load(pointer) if mask is None else tl.load(pointer, mask, other=0)
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -72,9 +68,7 @@ def chunk_statistics(
     tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
     _, _, _, _, inside, _ = tile
     counts, target, _, weight = read_row_inputs(labels, None, row, n_rows, n_classes, ignore_index, unlabeled_index)
-    compared = target
-    if WEIGHTING == "top2_margin":
-        compared = target * 0 - 1
+    compared = margin_label(target, WEIGHTING)
     plane = 2 * n_rows * n_chunks
     out = fields + 2 * (row * n_chunks + chunk)
 
@@ -85,7 +79,7 @@ def chunk_statistics(
         store_pair(out + plane, own, rest)
     else:
         top = tl.max(s, 0)
-    # A chunk may hold nothing but -inf while the row does not.
+    # All logits of a chunk may be -inf in a row with finite ones.
     b = (s - tl.where(top == float("-inf"), 0.0, top)) * exponent
     store_pair(out, top, tl.sum(tl.exp2(b), 0))
     if CE:
@@ -96,9 +90,7 @@ def chunk_statistics(
 
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
-        row_max, step = read_scales(scales, k, row, counts, n_rows, n_teachers)
-        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
-        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        source = find_teacher(k, teachers, scales, row, counts, n_rows, n_teachers)
         t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
         top, own, rest = stand_out(t, start, compared)
         a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent
@@ -111,15 +103,15 @@ def chunk_statistics(
 
 @triton.jit
 def join_margins(pairs, held, tops, top, target):
-    """What :func:`stand_out` finds in a whole row, from its chunks."""
-    labelled = target >= 0
+    """The own and the largest other logit of :func:`stand_out` for a whole row, from its chunks."""
+    labeled = target >= 0
     owns, rests = load_pair(pairs, held)
     own = tl.max(tl.where(held, owns, float("-inf")), 0)
     rest = tl.max(tl.where(held, rests, float("-inf")), 0)
     largest = tops == top
     second = tl.maximum(rest, tl.max(tl.where(largest, float("-inf"), tops), 0))
     second = tl.where(tl.sum(largest.to(tl.int32), 0) > 1, top, second)
-    return tl.where(labelled, own, top), tl.where(labelled, rest, second)
+    return tl.where(labeled, own, top), tl.where(labeled, rest, second)
 
 
 @kernel
@@ -136,10 +128,8 @@ def join_chunks(
     counts, target, invalid, weight = read_row_inputs(
         labels, sample_weight, row, n_rows, n_classes, ignore_index, unlabeled_index
     )
-    labelled = target >= 0
-    compared = target
-    if WEIGHTING == "top2_margin":
-        compared = target * 0 - 1
+    labeled = target >= 0
+    compared = margin_label(target, WEIGHTING)
     plane = 2 * n_rows * n_chunks
     chunks = tl.arange(0, CHUNKS)
     held = counts & (chunks < n_chunks)  # [CHUNKS]
@@ -175,15 +165,12 @@ def join_chunks(
         kls, _ = load_pair(into + 2 * plane, held)
         kl = e * kls + part * (f - g)
         kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
-        kl = LN2 * (kl + (log_total_s - tl.log2(total)))
+        kl = divergence_of(kl, log_total_s, tl.log2(total))
         own, rest = join_margins(into + plane, held, tops, top, compared)
         margin = margin_of(own, rest, top, total, 1 / total, exponent, WEIGHTING)
         into += TEACHER_CHUNK_PAIRS * plane
 
-        share, keep, best = admit(margin, alpha, best, mass, sharpness, CHOICE)
-        mass = mass * keep + share
-        # A weight of 0 takes out an infinite divergence too.
-        divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
+        share, keep, best, mass, divergence = admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE)
         shares = shares * keep + tl.where(ks == k, share, 0.0)
         totals = tl.where(ks == k, total, totals)
         tl.store(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row), top)
@@ -196,32 +183,28 @@ def join_chunks(
     if weights is not None:
         tl.store(weights + ks * n_rows + row, shares, ks < n_teachers)
 
-    loss = tl.where(kd_weight > 0, kd_weight * temperature * temperature * divergence * inverse, 0.0)
+    loss = distillation_loss(divergence, inverse, kd_weight, temperature)
     alive = counts & (weight > 0)
-    factor = tl.where(invalid, float("nan"), weight)
-    if divisor is not None:
-        factor = factor / read_divisor(divisor, n_rows, ignore_index)
-    factor = tl.where(alive, factor, 0.0)
+    factor = tl.where(alive, gradient_factor(weight, invalid, divisor, n_rows, ignore_index), 0.0)
     if CE:
         s_labels, sums = load_pair(into_s + 2 * plane, held)
-        s_label = tl.max(tl.where(held & labelled, s_labels, float("-inf")), 0)
+        s_label = tl.max(tl.where(held & labeled, s_labels, float("-inf")), 0)
         total = tl.sum(sums * tl.exp2(g * temperature), 0)
         sums, sizes = load_pair(into_s + 3 * plane, held)
         sums += sizes * g
         mean = tl.sum(tl.where(sizes > 0, sums, 0.0), 0) / n_classes
-        ce = (1 - label_smoothing) * (tl.log2(total) - temperature * (s_label - top_s) * exponent)
-        ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
-        loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
-        ce_factor = tl.where(labelled, ce_weight * factor, 0.0)
+        at_label = temperature * (s_label - top_s) * exponent
+        ce = cross_entropy(total, at_label, temperature * mean, label_smoothing)
+        loss += tl.where(labeled, ce_weight * LN2 * ce, 0.0)
+        ce_factor = tl.where(labeled, ce_weight * factor, 0.0)
         tl.store(factors + 2 * (n_rows + row), tl.where(ce_factor == 0, 0.0, (1 / total) * ce_factor))
         tl.store(factors + 2 * (n_rows + row) + 1, ce_factor)
-    loss = tl.where(invalid, float("nan"), loss)
-    tl.store(row_loss + row, tl.where(alive, weight * loss, 0.0))
+    tl.store(row_loss + row, weighted_loss(loss, weight, alive, invalid))
 
     kd_factor = kd_weight * temperature * factor
     kd_factor = tl.where((mass == 0) & (invalid == 0), 0.0, kd_factor)
     tl.store(factors + 2 * row, top_s)
-    # The same order of operations for student and teachers: where they are equal, the gradient is exactly 0.
+    # Student and teachers have the same order of operations: the gradient is exactly 0 where they are equal.
     tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
     shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares / totals * kd_factor))
     tl.store(factors + 2 * ((STUDENT_PAIRS + ks) * n_rows + row) + 1, shares, ks < n_teachers)
@@ -256,15 +239,13 @@ def chunk_gradient(
     g = tl.where(kd_factor == 0, 0.0, tl.exp2(b) * kd_factor)
     for k in range(n_teachers):
         top, factor = load_pair(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row))
-        row_max, step = read_scales(scales, k, row, factor != 0, n_rows, n_teachers)
-        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
-        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        source = find_teacher(k, teachers, scales, row, factor != 0, n_rows, n_teachers)
         t, start = load_tile(source, factor != 0, tile, n_classes, TEACHER, GROUP)
         e = tl.exp2((t - top) * exponent) * factor
         g -= tl.where(factor == 0, 0.0, e)
     if CE:
         label = tl.load(labels + row).to(tl.int32)
-        smoothed = tl.where(columns_of(s, start) == label, 1 - label_smoothing, 0.0) + label_smoothing / n_classes
-        e = tl.exp2(b * temperature) * q_factor
-        g += tl.where(ce_factor == 0, 0.0, e - ce_factor * smoothed)
+        g += cross_entropy_gradient(
+            b, columns_of(s, start), label, ce_factor == 0, q_factor, ce_factor, temperature, label_smoothing, n_classes
+        )
     store_tile(grad, g, tile, n_classes, GROUP)

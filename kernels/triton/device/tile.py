@@ -1,29 +1,24 @@
 """Rows that fit on chip: each logit is loaded once, and one launch gives loss, gradient and statistics.
 
-A program holds ROWS rows of the student and of one teacher at a time; the mixture of the teachers' probabilities is
-carried in registers while the softmax over the teachers runs. With many rows of few classes this is the regime of
-classification, with one row it serves up to some thousand classes.
+A program holds ROWS rows of the student and of one teacher at a time. It keeps the mixture of the teachers'
+probabilities in registers during the softmax over the teachers. With few classes a tile has many rows; with up to some
+thousand classes it has one.
 """
 
 import triton.language as tl
+from amtss_fast._compat.triton import jit_without_specialization as kernel
 
-from .common import (
-    LN2,
-    across,
-    admit,
-    columns_of,
-    kernel,
-    load_tile,
-    locate_teacher,
-    margin_of,
-    place_tile,
-    read_prior,
-    read_row_inputs,
-    read_scales,
-    stand_out,
-    store_tile,
+from .inputs import find_teacher, read_prior, read_row_inputs
+from .loss import (
+    cross_entropy,
+    cross_entropy_gradient,
+    distillation_loss,
+    divergence_of,
+    gradient_factor,
+    weighted_loss,
 )
-from .total import read_divisor
+from .margins import LN2, admit, margin_label, margin_of, stand_out
+from .memory import across, columns_of, load_tile, place_tile, store_tile
 
 
 @kernel
@@ -50,9 +45,7 @@ def fused_tile(
     counts, target, invalid, weight = read_row_inputs(
         labels, sample_weight, rows, n_rows, n_classes, ignore_index, unlabeled_index
     )
-    compared = target
-    if WEIGHTING == "top2_margin":
-        compared = target * 0 - 1
+    compared = margin_label(target, WEIGHTING)
 
     source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
     s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
@@ -76,9 +69,7 @@ def fused_tile(
     shares = tl.zeros(ks.shape, tl.float32) * across(mass)
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, rows, counts)
-        row_max, step = read_scales(scales, k, rows, counts, n_rows, n_teachers)
-        address, t_row_stride, t_class_stride, kind = locate_teacher(k, teachers)
-        source = (address, t_row_stride, t_class_stride, kind, row_max, step)
+        source = find_teacher(k, teachers, scales, rows, counts, n_rows, n_teachers)
         t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
         top_t, own, rest = stand_out(t, start, compared)
         a = (t - across(top_t)) * exponent
@@ -87,13 +78,10 @@ def fused_tile(
         part = 1 / total
         # 0 log 0 is 0, also where the student is -inf.
         kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) * part
-        kl = LN2 * (kl + (log_total_s - tl.log2(total)))
+        kl = divergence_of(kl, log_total_s, tl.log2(total))
         margin = margin_of(own, rest, top_t, total, part, exponent, WEIGHTING)
 
-        share, keep, best = admit(margin, alpha, best, mass, sharpness, CHOICE)
-        mass = mass * keep + share
-        # A weight of 0 takes out an infinite divergence too.
-        divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
+        share, keep, best, mass, divergence = admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE)
         if ROWS > 1:
             mixture = mixture * across(keep) + tl.where(across(share == 0), 0.0, e * across(share * part))
         else:
@@ -112,39 +100,34 @@ def fused_tile(
         shares = tl.where(shares == 0, 0.0, shares * across(inverse))
         tl.store(weights + ks * n_rows + across(rows), shares, held)
 
-    loss = tl.where(kd_weight > 0, kd_weight * temperature * temperature * divergence * inverse, 0.0)
-    # What is known before the loop would be kept through it, in registers of which a long row has none to spare. So
-    # columns follow from the start that the last load returned, and exp2(b) is computed again: the compiler cannot see
-    # that 0 is added.
+    loss = distillation_loss(divergence, inverse, kd_weight, temperature)
+    # All loads return the same start, which the compiler cannot see. So it computes the columns and exp2(b) here
+    # instead of holding them in registers through the loop. Without this, the loss alone of float32 tiles of 1 x 4096
+    # spills 40 bytes on sm_90, and that of 1 x 8192 takes 225 registers in place of 209.
     columns = columns_of(b, start)
     b += (start - start_s).to(tl.float32)
-    labelled = target >= 0
+    labeled = target >= 0
     if CE:
         total = tl.sum(tl.exp2(b * temperature), 0)
         ce_inverse = ce_weight / total
-        # Never so: exp2(b temperature) is computed again, too.
-        b += across(tl.where(total < 0, total, 0.0))
         own = tl.max(tl.where(columns == across(target), b, float("-inf")), 0)
         inside = (columns >= 0) & (columns < n_classes) & across(rows < n_rows)
         mean = tl.sum(tl.where(inside, b, 0.0), 0) / n_classes
-        ce = (1 - label_smoothing) * (tl.log2(total) - temperature * own)
-        ce += tl.where(label_smoothing > 0, label_smoothing * (tl.log2(total) - temperature * mean), 0.0)
-        loss += tl.where(labelled, ce_weight * LN2 * ce, 0.0)
+        ce = cross_entropy(total, temperature * own, temperature * mean, label_smoothing)
+        loss += tl.where(labeled, ce_weight * LN2 * ce, 0.0)
 
     alive = counts & (weight > 0)
-    loss = tl.where(invalid, float("nan"), loss)
-    tl.store(row_loss + rows, tl.where(alive, weight * loss, 0.0), rows < n_rows)
+    tl.store(row_loss + rows, weighted_loss(loss, weight, alive, invalid), rows < n_rows)
 
     if grad is not None:
         taught = across((mass != 0) & (kd_weight > 0))
         g = tl.exp2(b) * across(1 / total_s) - mixture * across(inverse)
         g = tl.where(taught, kd_weight * temperature * g, 0.0)
         if CE:
-            smoothed = tl.where(columns == across(target), 1 - label_smoothing, 0.0) + label_smoothing / n_classes
-            q = tl.exp2(b * temperature) * across(ce_inverse)
-            g += tl.where(across(labelled), q - ce_weight * smoothed, 0.0)
-        factor = tl.where(invalid, float("nan"), weight)
-        if divisor is not None:
-            factor = factor / read_divisor(divisor, n_rows, ignore_index)
+            g += cross_entropy_gradient(
+                b, columns, across(target), across(target < 0), across(ce_inverse), ce_weight,
+                temperature, label_smoothing, n_classes,
+            )  # fmt: skip
+        factor = gradient_factor(weight, invalid, divisor, n_rows, ignore_index)
         g = tl.where(across(alive), across(factor) * g, 0.0)
         store_tile(grad, g, tile, n_classes, GROUP)

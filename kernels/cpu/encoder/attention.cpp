@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "encoder/attention.h"
 
 #include <vector>
 
@@ -9,7 +9,7 @@ namespace amtss {
 #if defined(__x86_64__)
 
 void run(const Attention& p, int threads) {
-    // Over before a second thread would have woken up.
+    // A small call ends before a second thread would start to work.
     if (p.batch * p.heads * p.queries * p.keys * p.width < 1 << 20) threads = 1;
     parallel_for(
         p.batch * p.heads, threads,

@@ -1,4 +1,4 @@
-#include "kernel.h"
+#include "loss/kernel.h"
 
 namespace amtss {
 #if defined(__x86_64__)

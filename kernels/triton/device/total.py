@@ -1,26 +1,21 @@
 """Sums over the rows: the number of rows that count, and the loss.
 
-Rows are cut into `PARTS` stretches of a program each, whose sums are added up by whoever needs the total. The order of
-additions depends on the number of rows alone. Few rows are not worth a launch: the loss of up to `ONE_PROGRAM` rows is
-added up by one program, and the labels of up to `FEW_ROWS` are counted by everyone who needs their number.
+The rows are divided into `PARTS` stretches, one for each program. Each program that needs the total adds up the sums of
+the stretches. The order of additions depends on the number of rows only.
 """
 
 import triton
 import triton.language as tl
-
-from .common import kernel
+from amtss_fast._compat.triton import jit_without_specialization as kernel
 
 PARTS = tl.constexpr(64)
-# Where the launch of a second kernel would take as long as the first.
-ONE_PROGRAM = 65536
-# Rows that a program has in flight, of its labels and of their losses.
-COUNTED, BLOCK = 1024, 16384
-# Up to here everyone counts the labels, so many at once.
-FEW_ROWS, FEW = 512, tl.constexpr(256)
+# Labels that a program loads at once if it counts them itself.
+FEW = tl.constexpr(256)
 
 
 @triton.jit
 def own_stretch(n_rows):
+    """Begin and end of this program's rows."""
     length = tl.cdiv(n_rows, tl.num_programs(0))
     begin = tl.minimum(tl.program_id(0) * length, n_rows)
     return begin, tl.minimum(begin + length, n_rows)
@@ -28,6 +23,7 @@ def own_stretch(n_rows):
 
 @triton.jit
 def count_labels(labels, begin, end, ignore_index, BLOCK: tl.constexpr):
+    """How many of labels[begin:end] are not `ignore_index`."""
     counts = tl.zeros((BLOCK,), tl.int32)
     for start in range(begin, end, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -37,16 +33,16 @@ def count_labels(labels, begin, end, ignore_index, BLOCK: tl.constexpr):
 
 @kernel
 def count_rows(labels, out, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
-    """How many rows of each program's stretch count."""
+    """Writes how many rows of each program's stretch count."""
     begin, end = own_stretch(n_rows)
     tl.store(out + tl.program_id(0), count_labels(labels, begin, end, ignore_index, BLOCK))
 
 
 @triton.jit
 def read_divisor(divisor, n_rows, ignore_index):
-    """What divides a mean, by the type of `divisor`: a float, used as it is; or the number of rows that count.
+    """What divides a mean. A float is used as it is; otherwise it is the number of rows that count, at least 1.
 
-    That is the sum of `PARTS` 32-bit integers, or counted in the labels, which have 64 bits; and at least 1.
+    That number is the sum of `PARTS` 32-bit integers, or is counted in the labels, which are 64-bit integers.
     """
     if divisor.dtype.element_ty.is_floating():
         number = tl.load(divisor).to(tl.float32)
@@ -59,7 +55,7 @@ def read_divisor(divisor, n_rows, ignore_index):
 
 @kernel
 def add_rows(x, out, divisor, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
-    """The sum of each program's stretch of float32 numbers, divided where there is a divisor."""
+    """Writes the sum of each program's stretch of the float32 numbers `x`, divided by `divisor` unless that is None."""
     begin, end = own_stretch(n_rows)
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):

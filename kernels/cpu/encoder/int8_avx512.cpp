@@ -3,21 +3,21 @@
 #include <cstring>
 
 #include "exp.h"
-#include "int8.h"
-#include "outer.h"
+#include "encoder/int8.h"
+#include "encoder/outer.h"
 
 namespace amtss {
 namespace {
 
-// How a row is coded.
+// The scale and the offset of the codes of a row.
 struct Code {
     float step;
     int32_t zero;
 };
 
-// a + zero for n values, and anything behind them.
+// Writes the codes a + zero of n values. The bytes up to the next multiple of 16 are arbitrary.
 Code quantize(const float* x, int64_t n, uint8_t* codes) {
-    // Zero is always within. `finite` becomes NaN by NaN and infinity, which minimum and maximum may lose.
+    // The range always includes 0. `finite` is NaN if a value is NaN or infinite, which minimum and maximum may miss.
     __m512 least[4] = {}, largest[4] = {}, finite[4] = {};
     const auto look = [&](int v, __m512 values) INLINE {
         least[v] = _mm512_min_ps(least[v], values);
@@ -35,7 +35,7 @@ Code quantize(const float* x, int64_t n, uint8_t* codes) {
     }
     const float low = _mm512_reduce_min_ps(least[0]);
     float step = _mm512_reduce_max_ps(largest[0]) / 255 - low / 255;
-    // A row of zeros has codes 0, not NaN.
+    // The codes of a row of zeros are 0, not NaN.
     if (step < 1e-30f) step = 1e-30f;
     step += _mm512_reduce_add_ps(finite[0]);
     const __m512 inverse = _mm512_set1_ps(1 / step);
@@ -43,14 +43,14 @@ Code quantize(const float* x, int64_t n, uint8_t* codes) {
     for (i = 0; i < n; i += 16) {
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), inverse);
         const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(zero));
-        // Where both ends were rounded up, the largest would be 256.
+        // Saturated: where both ends were rounded up, the largest code would be 256.
         _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtusepi32_epi8(code));
     }
     return {step, zero};
 }
 
-// x * P(X < x) for a standard normal X, by P(X > x) e^(x^2 / 2), which is a polynomial of 1 / (1 + 0.23 x) within 6e-8
-// of its value for x >= 0.
+// x * P(X < x) for a standard normal X. For x >= 0, P(X > x) e^(x^2 / 2) is a polynomial in 1 / (1 + 0.23 x), within
+// 6e-8 of its value.
 inline vf gelu(vf x, const Exponent& half) {
     const vf size = x > 0 ? x : -x;
     const vf t = 1 / fma(size, set(0.23f), set(1));
@@ -65,12 +65,12 @@ inline vf gelu(vf x, const Exponent& half) {
     return max(set(0), x) - size * p * exp(-size * size, half);
 }
 
-// _mm512_dpbusd_epi32, of which GCC 12 copies the sums back and forth.
+// As _mm512_dpbusd_epi32, for which GCC 12 copies the sums between registers.
 INLINE inline void add_products(__m512i& sum, __m512i codes, __m512i weights) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
 }
 
-// 16 outputs of a row, from their sums.
+// Scales the sums of 16 outputs of a row and writes them.
 struct Outputs {
     __m512 scale, bias;
     __mmask16 mask;
@@ -99,14 +99,14 @@ void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const Code
     each(rows, [&](auto r) INLINE {
         const __m512i zero = _mm512_set1_epi32(code[r].zero);
         low[r] = _mm512_mullo_epi32(zero, low_offset), high[r] = _mm512_mullo_epi32(zero, high_offset);
-        // So that stores do not wait for memory, row after row.
+        // Stores to several rows would otherwise wait for memory.
         __builtin_prefetch(y + r * p.outputs + output, 1);
         __builtin_prefetch(y + r * p.outputs + std::min(output + 16, p.outputs - 1), 1);
     });
     const RowAddress<uint8_t> row(codes, stride);
     for (int64_t q = 0; q < quads; q++) {
         const __m512i w_low = _mm512_loadu_si512(w + 128 * q), w_high = _mm512_loadu_si512(w + 128 * q + 64);
-        // The next panel: weights of a whole model come from memory.
+        // Prefetch the next panel: the weights of a model do not fit the caches.
         _mm_prefetch((const char*)(w + 128 * (q + quads)), _MM_HINT_T1);
         _mm_prefetch((const char*)(w + 128 * (q + quads) + 64), _MM_HINT_T1);
         each(rows, [&](auto r) INLINE {
@@ -122,7 +122,7 @@ void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const Code
         high_outputs.store(high[r], code[r].step, y + r * p.outputs);
     });
     if (!p.gelu) return;
-    // By itself, as it wants all registers.
+    // In a loop of its own, because it needs all registers.
     const Exponent half(2);
     for (int r = 0; r < R; r++)
         for (const Outputs* o : {&low_outputs, &high_outputs}) {
@@ -135,7 +135,7 @@ void panel(const Int8Linear& p, const uint8_t* codes, int64_t stride, const Code
 }  // namespace
 
 void int8_rows_avx512(const Int8Linear& p, int64_t begin, int64_t end, uint8_t* codes) {
-    // Not a multiple of a page: rows would fall on the same few lines of the cache.
+    // Not a multiple of a page, which would map the rows to the same few lines of the cache.
     const int64_t stride = (p.inputs + 15) / 16 * 16 + 16;
     Code code[most_tile_rows];
     for (int64_t r = 0; r < end - begin; r++)

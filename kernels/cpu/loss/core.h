@@ -1,4 +1,4 @@
-// The native loss: plain pointers in, plain pointers out. It knows neither Python nor torch.
+// The interface of the native loss: raw pointers, sizes and strides, without Python and torch.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,8 @@ enum class Weighting : int32_t { label_margin, top2_margin, label_nll };
 // In the order of the enumerators.
 constexpr const char* weighting_names[] = {"label_margin", "top2_margin", "label_nll"};
 
-// Logits [rows, classes]; strides count elements. Codes stand for row_max[row] - step[row] * code, and 255 for -inf.
+// Logits [rows, classes], with strides in elements. A code is the logit row_max[row] - step[row] * code, or -inf if it
+// is 255.
 struct Matrix {
     const void* data;
     int64_t row_stride, column_stride;
@@ -28,7 +29,7 @@ struct Options {
     int64_t ignore_index, unlabeled_index;
 };
 
-// One call. Tensors beside the logits are contiguous; an optional one that is absent is a null pointer.
+// One call. All tensors but the logits are contiguous. Optional ones may be null pointers.
 struct Problem : Options {
     int64_t rows, classes, teachers;
     Matrix student;
@@ -41,26 +42,26 @@ struct Problem : Options {
 
     void* gradient;  // [rows, classes], contiguous, f32 or bf16
     Type gradient_type;
-    float gradient_scale;  // the reduction's, folded into the gradient
-    bool stream;           // the gradient is too large for the cache: write around it
-    float* row_loss;       // [rows], without the reduction's divisor
-    float *weights, *margins, *kd;  // [teachers, rows]; all of the stats or none
+    float gradient_scale;  // 1 / divisor of the loss, a factor of the gradient
+    bool stream;           // write the gradient past the cache, because it is larger
+    float* row_loss;       // [rows], not divided
+    float *weights, *margins, *kd;  // [teachers, rows]; all of the stats are given or none
     float* student_margin;          // [rows]
 };
 
-// One instruction set's code.
+// The code for one instruction set.
 struct Kernel {
     const char* name;
-    // Rows that are worked on together: ranges handed to `loss` begin at multiples of it.
+    // Rows of a tile. Ranges given to `loss` begin at multiples of it.
     int64_t (*tile)(const Problem&);
     // Writes the outputs of the rows [begin, end) and returns the sum of their losses.
     double (*loss)(const Problem&, int64_t begin, int64_t end, char* scratch);
-    // y[i] = exp(x[i]) for x <= 0, the exponential of the loss by itself.
+    // y[i] = exp(x[i]) for x <= 0, with the exponential of the loss.
     void (*exp)(const float* x, float* y, int64_t n);
 };
 
-// Scratch of one thread, aligned to 64 bytes. Its size decides which intermediate results are kept, so it is the same
-// on every machine and for every number of threads: the results are too.
+// Scratch of one thread, aligned to 64 bytes. Its size decides which intermediate results are kept. It is the same on
+// every machine and for every number of threads, and so are the results.
 constexpr int64_t scratch_bytes = 640 * 1024;
 
 extern const Kernel kernel_baseline;
@@ -68,21 +69,21 @@ extern const Kernel kernel_baseline;
 extern const Kernel kernel_avx2, kernel_avx512;
 #endif
 
-// The kernels that this machine runs, best first, up to a null pointer.
+// The kernels that this machine can run, best first, ended by a null pointer.
 const Kernel* const* supported_kernels();
 
-// The kernel in use: the best one, or the one that AMTSS_CPU_ISA names. If that names none that the machine runs,
-// returns a null pointer.
+// The kernel in use: the best one, or the one named by the environment variable AMTSS_CPU_ISA; a null pointer if the
+// machine cannot run that.
 const Kernel* chosen_kernel();
 
 enum class Fault : int32_t { none, label, prior, sample_weight };
 struct Outcome {
     Fault fault;
-    int64_t index;  // of the faulty entry in its tensor
+    int64_t index;  // of the wrong value in its tensor
 };
 
-// Checks the values of labels and weights, then computes. `divisor` divides the sum of the row losses; NaN: the number
-// of rows that count, at least 1. `loss` receives the reduced loss, or is null if only row_loss is wanted.
+// Checks the values of labels and weights, then computes. `divisor` divides the sum of the row losses; NaN stands for
+// the number of rows that count, at least 1. The reduced loss is written to `loss` unless that is null.
 Outcome run(const Kernel&, Problem&, double divisor, float* loss, int threads);
 
 }  // namespace amtss

@@ -1,0 +1,84 @@
+// The state of one thread: the problem, the tile in work, and the thread's scratch.
+#pragma once
+
+#include <algorithm>
+
+#include "loss/layout.h"
+
+namespace {
+
+struct Worker {
+    const Problem& p;
+    const Layout layout;
+    const Exponent soft, sharp;  // of the temperature, of temperature 1
+    const float inverse_tau;
+    const float slack;  // how far a logit may lie above the origin: its exponential is then at most 2^8
+
+    int64_t begin;  // the first row of the tile
+    int rows;       // of the tile
+    vd loss = {};   // sum over the rows so far
+    Rows* row;          // [groups]
+    Measured* tensor;   // [groups, tensors]
+    Running* running;   // [tensors]
+    float *student, *teacher, *gradient, *fresh;  // [block] each
+    float* kept;     // exponentials [tile, slots, width]; by columns: [tensors + 2, classes, lanes]
+    float* flat;     // by columns: [lanes, classes], the rows of one tensor
+    float* origins;  // [tile, slots, blocks]: the origin of each kept block
+
+    Worker(const Problem& problem, char* memory)
+        : p(problem), layout(problem), soft(p.temperature), sharp(1), inverse_tau(float(1 / p.temperature)),
+          slack(8 / std::max(soft.hi, layout.separate_ce ? sharp.hi : 0.0f)) {
+        const auto take = [&](int64_t bytes) {
+            char* taken = memory;
+            memory += (bytes + 63) / 64 * 64;
+            return taken;
+        };
+        row = (Rows*)take(layout.groups * sizeof(Rows));
+        tensor = (Measured*)take(layout.groups * layout.tensors * sizeof(Measured));
+        running = (Running*)take(layout.tensors * sizeof(Running));
+        student = (float*)take(block * sizeof(float));
+        teacher = (float*)take(block * sizeof(float));
+        gradient = (float*)take(block * sizeof(float));
+        fresh = (float*)take(block * sizeof(float));
+        origins = (float*)take(layout.keep ? layout.tile * slots() * layout.blocks * sizeof(float) : 0);
+        kept = (float*)memory;
+        flat = kept + (layout.tensors + 2) * p.classes * layout.lanes;
+    }
+
+    const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
+    // Exponentials per class that are kept: of each tensor, and those of the cross entropy.
+    int64_t slots() const { return layout.tensors + layout.separate_ce; }
+    float* kept_row(int lane, int64_t j) const { return kept + (lane * slots() + j) * layout.width; }
+    float* kept_origins(int lane, int64_t j) const {
+        return origins + (lane * slots() + j) * layout.blocks;
+    }
+    // The origin of the whole row, to which the gradient scales the exponentials of all blocks.
+    float& last_origin(int lane, int64_t j) const { return kept_origins(lane, j)[layout.blocks - 1]; }
+    int64_t block_end(int64_t from) const { return std::min(from + layout.span, p.classes); }
+
+    // The block that begins at class c of row n; after the last class, the first block of row n + 1.
+    Ahead ahead(int64_t j, int64_t n, int64_t c) const {
+        const Matrix& m = matrix(j);
+        const int size = m.type == Type::f32 ? 4 : m.type == Type::codes ? 1 : 2;
+        if (c == p.classes) c = 0, n += n + 1 < p.rows;
+        return {(const char*)m.data + (n * m.row_stride + c * m.column_stride) * size, size};
+    }
+
+    // The number of rows in group g; its other lanes have none.
+    int group_rows(int g) const {
+        const int left = rows - g * W;
+        return left < 0 ? 0 : left < W ? left : W;
+    }
+
+    void read_row_inputs(int g);
+    void measure_row(int lane);
+    void finish_rows();
+    void read_columns(const Matrix& m, float* columns) const;
+    void measure_columns(int64_t j, int g);
+    void weigh(int g);
+    void combine_row(int lane);
+    void combine_columns(int g);
+    void run_tile(int64_t first);
+};
+
+}  // namespace

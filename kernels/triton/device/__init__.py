@@ -1,0 +1,1 @@
+"""The Triton kernels themselves: code for the device."""

@@ -1,0 +1,96 @@
+"""What a program reads besides logits: labels, weights and priors of its rows, and where each teacher's logits are."""
+
+import triton
+import triton.language as tl
+from amtss_fast._compat.triton import jit_without_specialization as kernel
+
+
+@triton.jit
+def read_row_inputs(labels, sample_weight, rows, n_rows, n_classes, ignore_index, unlabeled_index):
+    """Per row: whether it counts, its label (-1: none), whether the label is impossible, and its weight."""
+    counts = rows < n_rows
+    target = (rows * 0 - 1).to(tl.int32)
+    invalid = counts & False
+    if labels is not None:
+        label = tl.load(labels + rows, counts, other=ignore_index)
+        counts = counts & (label != ignore_index)
+        possible = (label >= 0) & (label < n_classes)
+        invalid = counts & (label != unlabeled_index) & (possible == 0)
+        target = tl.where(counts & possible, label, -1).to(tl.int32)
+    weight = counts.to(tl.float32)
+    if sample_weight is not None:
+        weight = tl.load(sample_weight + rows, counts, other=0).to(tl.float32)
+    return counts, target, invalid, weight
+
+
+@triton.jit
+def read_prior(priors, k, rows, counts):
+    """The prior of teacher k; 0 where it does not teach the row."""
+    prior, stride_k, stride_n = priors
+    alpha = counts.to(tl.float32)
+    if prior is not None:
+        alpha = tl.load(prior + k * stride_k + rows * stride_n, counts, other=0).to(tl.float32)
+    return tl.where(alpha > 0, alpha, 0.0)
+
+
+@triton.jit
+def read_scales(scales, k, rows, counts, n_rows, n_teachers):
+    """row_max and step of an 8-bit teacher; `scales`: [2, K, N], or None without 8-bit teachers."""
+    row_max = (rows * 0).to(tl.float32)
+    step = row_max
+    if scales is not None:
+        row_max = tl.load(scales + k * n_rows + rows, counts, other=0)
+        step = tl.load(scales + (n_teachers + k) * n_rows + rows, counts, other=0)
+    return row_max, step
+
+
+@triton.jit
+def pick(k, slots):
+    """The address of one of eight tensors."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = slots
+    odd = (k & 1) != 0
+    a = tl.where(odd, t1.to(tl.int64), t0.to(tl.int64))
+    b = tl.where(odd, t3.to(tl.int64), t2.to(tl.int64))
+    c = tl.where(odd, t5.to(tl.int64), t4.to(tl.int64))
+    d = tl.where(odd, t7.to(tl.int64), t6.to(tl.int64))
+    return tl.where((k & 4) != 0, tl.where((k & 2) != 0, d, c), tl.where((k & 2) != 0, b, a))
+
+
+@triton.jit
+def locate_teacher(k, teachers):
+    """Address, row stride, class stride (elements) and kind of teacher k.
+
+    The addresses of the first sixteen teachers are arguments: eight, and eight more or None. Without a table, teacher k
+    lies k // 16 * `stack_stride` bytes after teacher k % 16. A table [K, 4] holds that distance, the strides and the
+    kind of each teacher.
+    """
+    slots, more_slots, stack_stride, row_stride, class_stride, kinds, table = teachers
+    address = pick(k, slots)
+    if more_slots[0] is not None:
+        address = tl.where((k & 8) != 0, pick(k, more_slots), address)
+    kind = ((kinds >> (2 * k)) & 3).to(tl.int32)
+    if table is not None:
+        address += tl.load(table + 4 * k)
+        row_stride = tl.load(table + 4 * k + 1)
+        class_stride = tl.load(table + 4 * k + 2)
+        kind = tl.load(table + 4 * k + 3).to(tl.int32)
+    else:
+        address += (k // 16) * stack_stride
+    return address, row_stride, class_stride, kind
+
+
+@triton.jit
+def find_teacher(k, teachers, scales, rows, wanted, n_rows, n_teachers):
+    """The source of the logits of teacher k, see `memory.load_tile`."""
+    row_max, step = read_scales(scales, k, rows, wanted, n_rows, n_teachers)
+    address, row_stride, class_stride, kind = locate_teacher(k, teachers)
+    return address, row_stride, class_stride, kind, row_max, step
+
+
+@kernel
+def write_entry(table, k: tl.int32, beyond: tl.int64, row_stride: tl.int64, class_stride: tl.int64, kind: tl.int64):
+    """Row k of the table of :func:`locate_teacher`."""
+    tl.store(table + 4 * k, beyond)
+    tl.store(table + 4 * k + 1, row_stride)
+    tl.store(table + 4 * k + 2, class_stride)
+    tl.store(table + 4 * k + 3, kind)

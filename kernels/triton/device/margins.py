@@ -1,0 +1,95 @@
+"""Margins of rows, and the softmax over teachers that weighs them."""
+
+import triton
+import triton.language as tl
+
+from .memory import across, columns_of
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def margin_label(target, WEIGHTING: tl.constexpr):
+    """The label of a row's margin; -1: the class of the largest logit."""
+    if WEIGHTING == "top2_margin":
+        target = target * 0 - 1
+    return target
+
+
+@triton.jit
+def stand_out(x, start, target):
+    """The largest logit, the own logit of the margin (the label's, or the largest), and the largest other one.
+
+    If a chunk does not contain the label of its row, the own logit is -inf.
+    """
+    if len(x.shape) == 2:
+        top = tl.max(x, 0)
+        own, rest = stand_out_of_rows(x, top, start, target)
+    elif target >= 0:
+        if (target >= start) & (target < start + x.shape[0]):
+            chosen = columns_of(x, start) == target
+            own = tl.max(tl.where(chosen, x, float("-inf")), 0)
+            rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
+        else:
+            rest = tl.max(x, 0)
+            own = tl.full((), float("-inf"), tl.float32)
+        top = tl.maximum(own, rest)
+    else:
+        top = tl.max(x, 0)
+        chosen = x == top
+        rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
+        rest = tl.where(tl.sum(chosen.to(tl.int32), 0) > 1, top, rest)
+        own = top
+    return top, own, rest
+
+
+@triton.jit
+def stand_out_of_rows(x, top, start, target):
+    """The own and the largest other logit of :func:`stand_out`, for rows of which only some have a label."""
+    labeled = target >= 0
+    chosen = tl.where(across(labeled), columns_of(x, start) == across(target), x == across(top))
+    rest = tl.max(tl.where(chosen, float("-inf"), x), 0)
+    # One sum gives the label's logit, or counts how often the largest logit occurs.
+    answer = tl.sum(tl.where(chosen, tl.where(across(labeled), x, 1.0), 0.0), 0)
+    own = tl.where(labeled, answer, top)
+    return own, tl.where(labeled | (answer == 1), rest, top)
+
+
+@triton.jit
+def margin_of(own, rest, top, total, inverse, exponent, WEIGHTING: tl.constexpr):
+    """The margin, from logits relative to `top`, total = sum exp2((x - top) exponent) and inverse = 1 / total."""
+    if WEIGHTING == "label_nll":
+        margin = ((own - top) * exponent - tl.log2(total)) * LN2
+    else:
+        margin = (tl.exp2((own - top) * exponent) - tl.exp2((rest - top) * exponent)) * inverse
+    return margin
+
+
+@triton.jit
+def admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE: tl.constexpr):
+    """One step of the softmax over teachers, which adds a teacher with its margin, prior `alpha` and `kl`.
+
+    Returns its share, the factor `keep` of all earlier shares, the best score so far, and the sums `mass` of the shares
+    and `divergence` of share * kl. Shares are relative to the best score. Equal scores differ by 0, also at -inf.
+    """
+    if CHOICE == "hard":
+        # Of equal margins, the first wins.
+        wins = (alpha > 0) & ((mass == 0) | (margin > best))
+        share = tl.where(wins, 1.0, 0.0)
+        keep = 1.0 - share
+        best = tl.where(wins, margin, best)
+        # Comparisons with NaN are false, so a NaN margin is passed on here.
+        share = tl.where((alpha > 0) & (margin != margin), margin, share)
+    else:
+        score = alpha * 0
+        if CHOICE == "soft":
+            score = margin * sharpness
+        higher = tl.where(alpha > 0, tl.maximum(best, score), best)
+        share = alpha * tl.exp(tl.where(score == higher, 0.0, score - higher))
+        share = tl.where(alpha > 0, share, 0.0)
+        keep = tl.exp(tl.where(best == higher, 0.0, best - higher))
+        best = higher
+    mass = mass * keep + share
+    # A teacher with weight 0 must not count, even if its divergence is infinite.
+    divergence = tl.where(keep == 0, 0.0, divergence * keep) + tl.where(share == 0, 0.0, share * kl)
+    return share, keep, best, mass, divergence

@@ -1,0 +1,115 @@
+"""The launch plan: which kernels run a call, in which configuration, with which constants."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+
+from .binary import Binary
+from .config import KINDS, Config, Logits, choose_chunks, choose_config, choose_layout
+from .device.stream import chunk_gradient, chunk_statistics, join_chunks
+from .device.tile import fused_tile
+from .teachers import KIND_NUMBERS, SLOTS
+
+# Layouts depend on an address up to this many bytes: sixteen elements of the widest type.
+_ALIGNMENT = 64
+
+
+def describe(t: Tensor) -> Logits:
+    """The properties of `t`."""
+    return Logits(t.dtype, t.stride(), t.data_ptr() % _ALIGNMENT)
+
+
+class Call(NamedTuple):
+    """What a plan depends on. It holds no tensors: equal calls have the same plan."""
+
+    device: int
+    """-1: the CPU, in Triton's interpreter."""
+    n_classes: int
+    student: Logits
+    teachers: tuple[Logits, ...]
+    grad: Logits | None
+    table: torch.dtype | None
+    """The types of the other arguments; None: not given."""
+    scales: torch.dtype | None
+    labels: torch.dtype | None
+    prior: torch.dtype | None
+    sample_weight: torch.dtype | None
+    divisor: torch.dtype | None
+    weighting: str
+    choice: str
+    """The softmax over teachers: "hard" for temperature 0, "flat" for infinity, otherwise "soft"."""
+    ce: bool
+    need_stats: bool
+
+
+class Step(NamedTuple):
+    """One kernel of a plan, its own arguments, and the size of its programs."""
+
+    binary: Binary
+    own: dict[str, Any]
+    rows: int
+    """Rows of a program; 1 if a row has several programs."""
+    chunks: int
+    """Programs of a row; 1 if a program has several rows."""
+
+
+class LaunchPlan(NamedTuple):
+    """One step if a row fits on chip; otherwise the statistics of chunks, their union, and the gradient."""
+
+    constants: dict[str, Any]
+    steps: tuple[Step, ...]
+
+
+@lru_cache(maxsize=1024)
+def make_plan(call: Call) -> LaunchPlan:
+    """The plan of a call. Its binaries are compiled at their first launch and kept with the plan."""
+    logits = [call.student, *call.teachers, *([call.grad] if call.grad else [])]
+    layout = choose_layout(call.n_classes, logits)
+    dtypes = {t.dtype for t in call.teachers}
+    teacher = KINDS[call.teachers[0].dtype] if len(dtypes) == 1 else "mixed"
+    constants = _constants(call, teacher, layout.group)
+    extras = call.ce or call.need_stats
+    config = choose_config(call.n_classes, layout, teacher, extras)
+    if config is not None:
+        return LaunchPlan(constants, (_step(fused_tile, config, config.rows, 1),))
+    statistics, gradient = choose_chunks(layout, teacher, extras)
+    n_chunks = triton.cdiv(call.n_classes + layout.slack, statistics.classes)
+    union = Config(1, statistics.classes, 32, 255)
+    steps = [
+        _step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks),
+        _step(join_chunks, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
+    ]
+    if call.grad is not None:
+        n_chunks = triton.cdiv(call.n_classes + layout.slack, gradient.classes)
+        steps.append(_step(chunk_gradient, gradient, 1, n_chunks, n_chunks=n_chunks))
+    return LaunchPlan(constants, tuple(steps))
+
+
+def _step(kernel: Any, config: Config, rows: int, chunks: int, **own: Any) -> Step:
+    own |= {"ROWS": config.rows, "CLASSES": config.classes}
+    return Step(Binary(kernel, config.threads, config.registers), own, rows, chunks)
+
+
+def _constants(call: Call, teacher: str, group: int) -> dict[str, Any]:
+    """The arguments of the kernels that follow from the call alone."""
+    return {
+        "n_classes": call.n_classes,
+        "row_stride": call.student.stride(0),
+        "class_stride": call.student.stride(1),
+        "teacher_row_stride": call.teachers[0].stride(0),
+        "teacher_class_stride": call.teachers[0].stride(1),
+        "teacher_kinds": sum(KIND_NUMBERS[t.dtype] << 2 * k for k, t in enumerate(call.teachers[:SLOTS])),
+        "STUDENT": KINDS[call.student.dtype],
+        "TEACHER": teacher,
+        "WEIGHTING": call.weighting,
+        "CHOICE": call.choice,
+        "CE": call.ce,
+        "GROUP": group,
+        "TEACHERS": triton.next_power_of_2(len(call.teachers)),
+    }

@@ -1,0 +1,57 @@
+"""Where the kernels find the teachers' logits, see `device/inputs.py`: in arguments, by one stride, or in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .binary import Launch, binaries
+from .config import KINDS
+from .device.inputs import write_entry
+
+# Teachers whose addresses are arguments of a kernel; the second half of them is given only if it is needed.
+SLOTS = 16
+# The numbers of the types of logits in a kernel.
+KIND_NUMBERS = {dtype: number for number, dtype in enumerate(KINDS)}
+
+_SLOT_NAMES = [f"t{k}" for k in range(SLOTS)]
+_write_entry = binaries(write_entry, 32)
+
+
+def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[Launch]]:
+    """The arguments that locate the teachers, and the launches that write the table if there is one."""
+    n_teachers, first = len(teachers), teachers[0]
+    n_slots = SLOTS if n_teachers > SLOTS // 2 else SLOTS // 2
+    slots: list[Tensor | None] = list(teachers[:SLOTS])
+    slots += slots[-1:] * (n_slots - len(slots)) + [None] * (SLOTS - n_slots)
+    arguments: dict[str, Any] = dict(zip(_SLOT_NAMES, slots, strict=True))
+    strides = [t.stride() for t in teachers]
+    uniform = strides.count(strides[0]) == n_teachers
+    stack, table, launches = 0, None, []
+    if uniform and n_teachers > SLOTS and (step := _stack_stride(teachers)):
+        stack = SLOTS * step * first.element_size()
+    elif n_teachers > SLOTS or not uniform:
+        # Written by kernels, because a copy from the host would wait and could not be captured in a CUDA graph.
+        table = first.new_empty((n_teachers, 4), dtype=torch.int64)
+        binary = _write_entry(first.get_device())
+        for k, t in enumerate(teachers):
+            beyond = t.data_ptr() - teachers[k % SLOTS].data_ptr()
+            launches.append(Launch(binary, 1, (table, k, beyond, *t.stride(), KIND_NUMBERS[t.dtype])))
+    arguments["teacher_stack"] = stack
+    arguments["teacher_table"] = table
+    return arguments, launches
+
+
+def _stack_stride(teachers: Sequence[Tensor]) -> int | None:
+    """Elements from one teacher to the next if they are the layers of one tensor; otherwise None."""
+    first, second = teachers[0], teachers[1]
+    step = int(second.storage_offset()) - int(first.storage_offset())
+    for k, t in enumerate(teachers):
+        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or t.dtype != first.dtype:
+            return None
+        if t.storage_offset() != first.storage_offset() + k * step:
+            return None
+    return step if step > 0 else None
