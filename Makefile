@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels -type f -not -name '*.py')
+KERNELS := CMakeLists.txt $(shell find kernels -type f -not -name '*.py')
+SOURCES := pyproject.toml constraints.txt $(KERNELS)
 
-.PHONY: demo test lint ctest sanitize bench clean
+.PHONY: demo test test-lowest lint ctest sanitize bench clean
 
 demo: $(VENV)/.train
 	$(BIN)/amtss-fast demo
@@ -15,6 +16,12 @@ demo: $(VENV)/.train
 JOBS ?= 2
 test: $(VENV)/.test lint ctest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# The same with the oldest versions that pyproject.toml allows. 8-bit teachers need a newer transformers: their tests are
+# skipped by name. A Python for which these versions have wheels: 3.10 or 3.11.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.test
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/benchmarks
 
 # The C++ core by itself, on every instruction set of this machine.
 CORE := -DAMTSS_PYTHON=OFF -DAMTSS_TESTS=ON
@@ -34,6 +41,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The committed figures, of a named machine, stay: RESULTS=benchmarks/results replaces them.
 RESULTS ?= runs/bench
@@ -41,7 +49,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_loss.py --results $(RESULTS)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(LOWEST) build
 
 # A stamp per extra: the second call installs nothing, and a change of the sources rebuilds the extension.
 $(VENV)/.train: $(SOURCES) | $(BIN)/python
@@ -51,6 +59,13 @@ $(VENV)/.train: $(SOURCES) | $(BIN)/python
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[train,test,bench]"
 	touch $@ $(VENV)/.train
+
+# A build folder of its own: the two environments do not rebuild each other's extension.
+$(LOWEST)/.test: pyproject.toml constraints-lowest.txt $(KERNELS)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check -q install -c constraints-lowest.txt \
+		-C build-dir=build/lowest -e ".[train]" hypothesis pytest pytest-xdist triton
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

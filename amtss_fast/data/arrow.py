@@ -23,6 +23,8 @@ def dataset_of(table: pa.Table, features: Features, split: Any) -> Dataset:
     """A data set in memory. Its chunks always have the same size, so its fingerprint depends on the content alone."""
     table = table.select(list(features)).combine_chunks()
     batches = [batch.cast(features.arrow_schema) for batch in table.to_batches(max_chunksize=_CHUNK_ROWS)]
+    # A column without nulls may have a null mask or none, which changes the fingerprint; Arrow's IPC format drops it.
+    batches = [pa.ipc.read_record_batch(batch.serialize(), features.arrow_schema) for batch in batches]
     table = pa.Table.from_batches(batches, schema=features.arrow_schema)
     info = datasets.DatasetInfo(features=features)
     return Dataset(table, info=info, split=datasets.NamedSplit(str(split)) if split else None)

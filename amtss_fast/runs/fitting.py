@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from amtss_fast._compat.transformers import prepare_inputs
 from amtss_fast._system.memory import give_back, peak_of, used
 from amtss_fast.errors import UserError
 from amtss_fast.loss.head import default_chunk_rows
@@ -128,7 +129,7 @@ def _prober(setup: Setup, model: Any, teachers: Any, chunk_rows: int | None) -> 
 
     def peak_of_step(micro_batch: int, checkpointing: bool, accumulation: int) -> int:
         batch = trainer.data_collator([rows[int(i)] for i in longest[:micro_batch]])
-        inputs = trainer._prepare_inputs(batch)
+        inputs = prepare_inputs(trainer, batch)
         switch = model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable
         switch()
 

@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -173,9 +172,9 @@ class CacheEntry:
         file = self._file(index)
         checksum, partial = file.with_suffix(".json"), _partial(file)
         # One record batch: one array to map.
-        with ArrowWriter(features=self.features, path=str(partial), writer_batch_size=len(values)) as writer:
-            writer.write_table(self._table(values), len(values))
-            writer.finalize()
+        table = self._table(values)
+        with pa.ipc.new_stream(str(partial), table.schema) as writer:
+            writer.write_table(table)
         digest = _sha256(partial)
         # The old checksum is removed first, so that it never lies beside another shard.
         checksum.unlink(missing_ok=True)

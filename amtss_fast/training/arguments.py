@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
-from transformers import TrainingArguments
-
+from amtss_fast._compat.arguments import TrainingArguments
 from amtss_fast.data import LANGUAGE_SAMPLINGS, TASKS, LanguageSampling, check_sampling
 from amtss_fast.loss import LossOptions
 from amtss_fast.loss.adaptive import check_adaptive_options

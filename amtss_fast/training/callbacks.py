@@ -14,7 +14,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
+
+from amtss_fast._compat.transformers import ExportableState
 
 if TYPE_CHECKING:
     from amtss_fast.training.trainer import AMTSSTrainer

@@ -17,6 +17,7 @@ from transformers import pipeline
 
 from amtss_fast.cli import main
 from amtss_fast.errors import UserError
+from amtss_fast.teachers.int8 import why_missing
 
 TINY = "{model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
 SHORT = [
@@ -366,6 +367,7 @@ def test_training_from_cached_logits(run: Path, tmp_path: Path, capsys: pytest.C
     assert "the configuration has no teacher_cache: give teacher_cache.path, a folder" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(why_missing("onednn") is not None, reason=str(why_missing("onednn")))
 def test_teachers_check(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"output_dir={run}", *SHORT]
     assert main(["--trace", "teachers", "check", "demo", *overrides, "--rows", "60", "--json"]) == 0

@@ -17,6 +17,7 @@ from amtss_fast import QuantizedWeight, linear_amtss_loss
 from amtss_fast.data import Targets
 from amtss_fast.models.heads import OutputHead
 from amtss_fast.teachers import Teacher, TokenTeachers, load_teacher
+from amtss_fast.teachers.int8 import why_missing
 
 
 @pytest.mark.parametrize("task", ["masked-lm", "causal-lm", "token-classification"])
@@ -100,6 +101,7 @@ def cross_entropy_of(teachers: TokenTeachers, batch: dict[str, Tensor]) -> float
     return F.cross_entropy(F.linear(outputs[0], weight, head.bias), targets.labels, reduction="sum").item()
 
 
+@pytest.mark.skipif(why_missing("onednn") is not None, reason=str(why_missing("onednn")))
 @pytest.mark.parametrize(("task", "model_type", "tied"), [("masked-lm", "bert", True), ("causal-lm", "llama", False)])
 def test_an_8_bit_teacher_has_an_8_bit_head(tmp_path: Path, task: str, model_type: str, tied: bool) -> None:
     tok = tokenizer()

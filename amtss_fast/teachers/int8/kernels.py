@@ -22,9 +22,10 @@ def int8_linear(
     """A linear layer of 8-bit codes of x and of weights: x [..., in] in float32 to [..., out].
 
     Args:
-        packed: int8 codes [out / 32, in / 4, 32, 4], both rounded up, zeros in what is added.
+        packed: int8 codes [out / 32, in / 4, 32, 4], both rounded up and padded with zeros.
         offset: int32 [out], minus the sum of an output's codes.
-        scale: float32 [out]. bias: float32 [out].
+        scale: float32 [out].
+        bias: float32 [out].
         gelu: y P(X < y) for a standard normal X in place of y.
     """
     x = x.float().contiguous()
@@ -50,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     """softmax(scale q k' where mask) v: float32 [N, H, Q, D], [N, H, K, D] twice, D a multiple of 32, to [N, Q, H, D].
 
     `mask`: bool, of a shape that expands to [N, H, Q, K]. A query whose keys are all masked gets zeros. The last
-    dimension of each lies side by side.
+    dimension of each tensor is contiguous.
     """
     (n, heads, queries, width), keys = q.shape, k.shape[2]
     tensors = [number for t in (q, k, v) for number in (t.data_ptr(), *t.stride()[:3])]
