@@ -1,11 +1,11 @@
-"""What compilers say about the Triton kernels, without a GPU: every kernel and default configuration, for five chips.
+"""Figures of the compiled Triton kernels, without a GPU: every kernel and default configuration, for five chips.
 
     python benchmarks/gpu_static.py                    the table
     python benchmarks/gpu_static.py --targets sm_90 --json FILE --times FILE
 
-Registers, spilled bytes and shared memory are read from the binary, the narrowest load of logits and the bytes of one
-logit are counted in its instructions, occupancy follows from registers, threads and shared memory. The times in the
-second table are bytes divided by the bandwidth in the chip's data sheet: predicted, measured on no GPU.
+Registers, spilled bytes and shared memory are read from the binary. The narrowest load of logits and the bytes per
+logit are counted in its instructions. Occupancy follows from registers, threads and shared memory. The times in the
+second table are bytes divided by the bandwidth in the chip's data sheet: predicted, not measured.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "MI300X", 5.3e12, 4 * 512 * 64, 65536, 65536, 32, 16),
 }
 
-# Types of student and teachers. Every configuration with the first, those of each regime with the others.
+# Types of student and teachers. The first is compiled in every configuration, the others in one of each kind.
 TYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.uint8),
 ]
-CLASSES = [2, 3, 8, 15, 32, 64, 100, 256, 500, 1024, 2000, 4000, 5000, 250_002]
+CLASSES = [2, 3, 8, 15, 32, 64, 100, 256, 500, 1024, 2000, 4000, 5000, 8000, 250_002]
 CLASSES_OF_OTHER_TYPES = [3, 100, 256, 1024, 5000, 250_002]
 # Ways to call the loss, see `launches`.
 CALLS = ["loss", "all", "strided", "mixed"]
@@ -129,7 +129,7 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
     inputs = LossInputs(logits[0], logits[1:], scales, scales, *rest)
     options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1)
     planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
-    # Around them a few numbers are written and summed.
+    # Without the kernels that write the table of teachers and sum over the rows.
     return [p for p in planned if "n_classes" in p.arguments]
 
 
@@ -163,7 +163,7 @@ def examine(planned: Launch, target: str, call: str) -> Static:
     columns = arguments.get("ROWS", 1) * arguments.get("CLASSES", 0)
     shared = compiled.metadata.shared
     warps = threads // chip.target.warp_size
-    # Registers are given out in eights to each thread.
+    # A thread gets a multiple of eight registers.
     programs = min(
         chip.programs,
         chip.warps // warps,
@@ -173,7 +173,7 @@ def examine(planned: Launch, target: str, call: str) -> Static:
     types = f"{arguments['STUDENT']}/{arguments['TEACHER']} " if columns else ""
     rows = f"{arguments['ROWS']} x " if "ROWS" in arguments else ""
     cut = f"{types}{rows}{arguments.get('CLASSES', arguments.get('CHUNKS'))}"
-    # A kernel for mixed types holds the loads of all of them, and runs those of one.
+    # A kernel for mixed types contains the loads of all types and executes those of one.
     counted = columns > 0 and arguments["TEACHER"] != "mixed"
     return Static(
         planned.binary.kernel.fn.__name__,
@@ -201,7 +201,7 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found is not None, text
-    # No kernel here has arrays of its own: what lies on the stack was spilled.
+    # No kernel here has local arrays: the stack holds only spilled registers.
     return int(found[1]), int(found[2]) + int(found[3])
 
 
@@ -264,7 +264,7 @@ def survey(targets: list[str]) -> Iterator[Static]:
     """Every kernel in every default configuration."""
     for student, teacher in TYPES:
         for n_classes in CLASSES if (student, teacher) == TYPES[0] else CLASSES_OF_OTHER_TYPES:
-            # The teachers' types of "mixed" are given.
+            # "mixed" has its own types of teachers.
             for call in CALLS if (student, teacher) == TYPES[0] else CALLS[:-1]:
                 for planned in launches(n_classes, student, teacher, call):
                     for target in targets:
@@ -309,7 +309,7 @@ def main() -> None:
 
 def predict(targets: list[str]) -> Iterator[dict[str, Any]]:
     """For each case of the benchmark, what its bytes would take on each chip."""
-    # Imported here: the cases know the CPU's kernel too, which compilation does not need.
+    # Imported here, because the cases need the CPU kernel and compiling does not.
     from cases import NAMED
 
     for case in NAMED:
@@ -325,7 +325,7 @@ def predict(targets: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def write_json(rows: list[dict[str, Any]], path: Path) -> None:
-    # A row per line: what a new version changes is seen.
+    # One row per line, so that diffs show what changed.
     write_atomically(path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 

@@ -35,7 +35,6 @@ TRAINER_METHODS: Mapping[str, tuple[str, ...]] = {
 
 TRAINER_ATTRIBUTES: Mapping[str, str] = {
     "model_accepts_loss_kwargs": "4.46",
-    "_loss_shifts_labels": "5.10",
     "loss_is_scaled_for_ga": "5.20",
 }
 """Attributes of `transformers.Trainer` that this package sets, with the version since which they are read."""
