@@ -6,6 +6,7 @@ products that give the gradients of hidden states and head. Memory is (K + 2) [r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,23 +109,17 @@ def _compute(
         # Checked here, because a backend gets chunks and would name a row of the chunk.
         check_values(call, options)
 
-    labels, teacher_prior = inputs.labels, inputs.teacher_prior
-    # On an accelerator this waits for the device, because the number of remaining rows is needed here.
-    kept = None if labels is None else (labels != options.ignore_index).nonzero().squeeze(1)
+    kept = _kept_rows(inputs.labels, options.ignore_index)
     n_kept = n_rows if kept is None else len(kept)
-    if n_kept == n_rows:
-        kept = None
     if options.reduction == "mean" and inputs.num_items is None:
         call = call._replace(num_items=torch.full((), max(1, n_kept), dtype=torch.float64, device=device))
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(n_kept, n_classes, n_teachers, student.dtype.itemsize, device)
+    if inputs.teacher_prior is not None:
+        call = call._replace(teacher_prior=inputs.teacher_prior.reshape(n_teachers, -1).expand(-1, n_rows))
     # Smoothed labels would have mass beyond the last class.
     smooths = options.ce_weight > 0 and options.label_smoothing > 0
     row_length = n_classes if smooths else padded_classes(n_classes, device)
-    if labels is not None and row_length > n_classes:
-        # No label may be taken for one of them.
-        known = (labels < n_classes) | (labels == options.ignore_index) | (labels == options.unlabeled_index)
-        labels = labels.where(known, _NO_CLASS)
+    if inputs.labels is not None and row_length > n_classes:
+        call = call._replace(labels=_hide_padding(inputs.labels, n_classes, options))
 
     outputs = _new_outputs(inputs, options.reduction, needs, need_stats)
     loss, grad_hidden, grad_weight, grad_bias, *stats = outputs
@@ -136,27 +131,13 @@ def _compute(
         grad_weight.zero_()
         grad_bias.zero_()
 
-    if teacher_prior is not None:
-        teacher_prior = teacher_prior.reshape(n_teachers, -1).expand(-1, n_rows)
+    if chunk_rows is None:
+        chunk_rows = default_chunk_rows(n_kept, n_classes, n_teachers, student.dtype.itemsize, device)
+    asked = teachers if options.kd_weight > 0 or need_stats else []
     for begin in range(0, n_kept, chunk_rows):
         end = min(begin + chunk_rows, n_kept)
         pick = slice(begin, end) if kept is None else kept[begin:end]
-        chunk = call._replace(
-            student_logits=scratch("student", student.dtype, end - begin, row_length),
-            labels=_take(labels, pick),
-            teacher_prior=_take(teacher_prior, pick),
-            teacher_mask=_take(inputs.teacher_mask, pick),
-            sample_weight=_take(inputs.sample_weight, pick),
-        )
-        student.write_logits(pick, None, chunk.student_logits)
-        teacher_logits = [chunk.student_logits] * n_teachers
-        if options.kd_weight > 0 or need_stats:
-            for k, teacher in enumerate(teachers):
-                teacher_logits[k] = scratch(f"teacher {k}", teacher.dtype, end - begin, row_length)
-                taught = _taught(k, chunk.teacher_prior, chunk.teacher_mask)
-                if taught is None or len(taught) > 0:
-                    teacher.write_logits(pick, taught, teacher_logits[k])
-        chunk = chunk._replace(teacher_logits=teacher_logits)
+        chunk = _chunk(call, pick, (end - begin, row_length), student, asked, scratch)
         chunk_loss, grad, chunk_stats = chosen.amtss_loss(chunk, options, need_grad=any(needs), need_stats=need_stats)
         if options.reduction == "none":
             loss[pick] = chunk_loss
@@ -168,9 +149,52 @@ def _compute(
             if grad_loss is not None:
                 grad *= grad_loss[pick].unsqueeze(-1)
             student.add_gradients(pick, grad, begin == 0, grad_hidden, grad_weight, grad_bias)
-        # Before the next chunk makes its own.
+        # Freed before the next chunk has one.
         del grad
     return outputs
+
+
+def _kept_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The rows that are not ignored; None: all of them.
+
+    On an accelerator this waits for the device, because their number is needed on the host.
+    """
+    if labels is None:
+        return None
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    return None if len(kept) == len(labels) else kept
+
+
+def _hide_padding(labels: Tensor, n_classes: int, options: LossOptions) -> Tensor:
+    """Labels of which none is taken for a class that fills a row up."""
+    known = (labels < n_classes) | (labels == options.ignore_index) | (labels == options.unlabeled_index)
+    return labels.where(known, _NO_CLASS)
+
+
+def _chunk(
+    call: LossInputs,
+    pick: slice | Tensor,
+    shape: tuple[int, int],
+    student: Head,
+    teachers: Sequence[Head],
+    scratch: Scratch,
+) -> LossInputs:
+    """The call on the rows `pick`, with their logits in `scratch`; without teachers the student's stand for theirs."""
+    chunk = call._replace(
+        student_logits=scratch("student", student.dtype, *shape),
+        labels=_take(call.labels, pick),
+        teacher_prior=_take(call.teacher_prior, pick),
+        teacher_mask=_take(call.teacher_mask, pick),
+        sample_weight=_take(call.sample_weight, pick),
+    )
+    student.write_logits(pick, None, chunk.student_logits)
+    teacher_logits = [chunk.student_logits] * len(call.teacher_logits)
+    for k, teacher in enumerate(teachers):
+        teacher_logits[k] = scratch(f"teacher {k}", teacher.dtype, *shape)
+        taught = _taught(k, chunk.teacher_prior, chunk.teacher_mask)
+        if taught is None or len(taught) > 0:
+            teacher.write_logits(pick, taught, teacher_logits[k])
+    return chunk._replace(teacher_logits=teacher_logits)
 
 
 def _take(tensor: Tensor | None, pick: slice | Tensor) -> Tensor | None:

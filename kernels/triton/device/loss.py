@@ -27,15 +27,13 @@ def cross_entropy(total, at_label, mean, label_smoothing):
 
 
 @triton.jit
-def cross_entropy_gradient(
-    b, columns, target, skipped, q_factor, target_factor, temperature, label_smoothing, n_classes
-):  # fmt: skip
-    """exp2(b temperature) q_factor less the smoothed target times target_factor; 0 in rows that are skipped.
+def cross_entropy_gradient(b, columns, target, q_factor, target_factor, temperature, label_smoothing, n_classes):
+    """exp2(b temperature) q_factor less the smoothed target times target_factor.
 
     `b` is a tile; values of rows have shapes that broadcast with it.
     """
     smoothed = tl.where(columns == target, 1 - label_smoothing, 0.0) + label_smoothing / n_classes
-    return tl.where(skipped, 0.0, tl.exp2(b * temperature) * q_factor - target_factor * smoothed)
+    return tl.exp2(b * temperature) * q_factor - target_factor * smoothed
 
 
 @triton.jit

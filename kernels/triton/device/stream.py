@@ -245,7 +245,8 @@ def chunk_gradient(
         g -= tl.where(factor == 0, 0.0, e)
     if CE:
         label = tl.load(labels + row).to(tl.int32)
-        g += cross_entropy_gradient(
-            b, columns_of(s, start), label, ce_factor == 0, q_factor, ce_factor, temperature, label_smoothing, n_classes
+        g_ce = cross_entropy_gradient(
+            b, columns_of(s, start), label, q_factor, ce_factor, temperature, label_smoothing, n_classes
         )
+        g += tl.where(ce_factor == 0, 0.0, g_ce)
     store_tile(grad, g, tile, n_classes, GROUP)

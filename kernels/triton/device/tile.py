@@ -110,6 +110,9 @@ def fused_tile(
     if CE:
         total = tl.sum(tl.exp2(b * temperature), 0)
         ce_inverse = ce_weight / total
+        # `total` is never negative, which the compiler cannot see either. So it computes exp2(b temperature) again.
+        # Without this, float32 tiles of 1 x 512 with all outputs take 127 registers in place of 120 on sm_80.
+        b += across(tl.where(total < 0, total, 0.0))
         own = tl.max(tl.where(columns == across(target), b, float("-inf")), 0)
         inside = (columns >= 0) & (columns < n_classes) & across(rows < n_rows)
         mean = tl.sum(tl.where(inside, b, 0.0), 0) / n_classes
@@ -124,10 +127,10 @@ def fused_tile(
         g = tl.exp2(b) * across(1 / total_s) - mixture * across(inverse)
         g = tl.where(taught, kd_weight * temperature * g, 0.0)
         if CE:
-            g += cross_entropy_gradient(
-                b, columns, across(target), across(target < 0), across(ce_inverse), ce_weight,
-                temperature, label_smoothing, n_classes,
-            )  # fmt: skip
+            g_ce = cross_entropy_gradient(
+                b, columns, across(target), across(ce_inverse), ce_weight, temperature, label_smoothing, n_classes
+            )
+            g += tl.where(across(labeled), g_ce, 0.0)
         factor = gradient_factor(weight, invalid, divisor, n_rows, ignore_index)
         g = tl.where(across(alive), across(factor) * g, 0.0)
         store_tile(grad, g, tile, n_classes, GROUP)
