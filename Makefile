@@ -21,7 +21,7 @@ test: $(VENV)/.test lint ctest
 # skipped by name. A Python for which these versions have wheels: 3.10 or 3.11.
 LOWEST := .venv-lowest
 test-lowest: $(LOWEST)/.test
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/benchmarks
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/benchmarks --ignore tests/loss
 
 # The C++ core by itself, on every instruction set of this machine.
 CORE := -DAMTSS_PYTHON=OFF -DAMTSS_TESTS=ON
