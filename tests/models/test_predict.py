@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from students import IDS, LANGUAGES, logits_of, make_student
 from tiny import LABELS, TEXTS, tiny_bert_config, tiny_tokenizer
+from tiny_students import IDS, LANGUAGES, logits_of, make_student
 from transformers import BertModel, XLMRobertaConfig
 
 from amtss_fast import AMTSSForSequenceClassification

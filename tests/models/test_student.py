@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from students import IDS, LANGUAGES, logits_of, make_batch, make_student
 from tiny import LABELS, tiny_bert_config
+from tiny_students import IDS, LANGUAGES, logits_of, make_batch, make_student
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from students import LANGUAGES, logits_of, make_student
 from tiny import tiny_bert_config
+from tiny_students import LANGUAGES, logits_of, make_student
 from transformers import T5Config
 
 from amtss_fast import AMTSSConfig
