@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Trainer
@@ -20,6 +21,7 @@ __all__ = [
     "ExportableState",
     "attention_implementation",
     "has_file",
+    "may_be_hub_id",
     "prepare_inputs",
     "set_attention_implementation",
     "why_no_int8_loading",
@@ -30,6 +32,7 @@ TRAINER_METHODS: Mapping[str, tuple[str, ...]] = {
     "_get_train_sampler": ("train_dataset",),
     "_get_num_items_in_batch": ("batch_samples", "device"),
     "_prepare_inputs": ("inputs",),
+    "_get_grad_norm": ("model", "grad_norm"),
 }
 """Private methods of `transformers.Trainer` that this package calls or overrides, with their parameters after self."""
 
@@ -84,6 +87,15 @@ def has_file(name_or_path: str | Path, file: str) -> bool:
     except OSError:
         # The public way to learn that it is missing.
         return False
+
+
+def may_be_hub_id(text: str) -> bool:
+    """Whether a text has the form of a Hub id, `name` or `namespace/name`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def prepare_inputs(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]:

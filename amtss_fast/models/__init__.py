@@ -8,20 +8,26 @@ need_training_extra(__name__)
 
 from amtss_fast.models.config import AMTSSConfig
 from amtss_fast.models.heads import OutputHead
-from amtss_fast.models.names import check_languages, check_texts, normalize_label
+from amtss_fast.models.names import check_code, check_languages, check_texts, normalize_label
+from amtss_fast.models.positions import max_input_tokens, max_positions, sees_later_tokens
 from amtss_fast.models.predict import Prediction
+from amtss_fast.models.sections import read_encoder
 from amtss_fast.models.student import AMTSSForSequenceClassification
-from amtss_fast.models.tokenizers import load_tokenizer, max_input_tokens, tokenizer_state
+from amtss_fast.models.tokenizers import load_tokenizer, tokenizer_state
 
 __all__ = [
     "AMTSSConfig",
     "AMTSSForSequenceClassification",
     "OutputHead",
     "Prediction",
+    "check_code",
     "check_languages",
     "check_texts",
     "load_tokenizer",
     "max_input_tokens",
+    "max_positions",
     "normalize_label",
+    "read_encoder",
+    "sees_later_tokens",
     "tokenizer_state",
 ]

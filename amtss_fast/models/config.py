@@ -10,7 +10,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from amtss_fast._compat.transformers import attention_implementation, set_attention_implementation
 from amtss_fast.errors import UserError
-from amtss_fast.models.names import check_languages, normalize_label
+from amtss_fast.models.names import check_languages, normalize_label, show_names
+from amtss_fast.models.places import told_of
 
 POOLINGS = ("mean", "cls")
 CLASSIFIERS = ("shared", "per_language")
@@ -97,7 +98,8 @@ def _as_text_config(text_config: PretrainedConfig | Mapping[str, Any] | None) ->
         model_type = values.pop("model_type", None)
         if model_type is None:
             raise UserError("text_config needs a model_type, such as 'bert'")
-        config = AutoConfig.for_model(model_type, **values)
+        with told_of(f"text_config of model_type {model_type!r}"):
+            config = AutoConfig.for_model(model_type, **values)
     elif isinstance(text_config, PretrainedConfig):
         config = copy.deepcopy(text_config)
     else:
@@ -116,7 +118,7 @@ def _inverse(id2label: dict[int, str], label2id: Mapping[str, int | str] | None)
     if sorted(id2label) != list(range(len(id2label))):
         raise UserError(f"id2label must have the ids 0 to C - 1, got {id2label!r}")
     if len({normalize_label(name) for name in id2label.values()}) < len(id2label):
-        raise UserError(f"id2label must have different names (case aside), got {id2label!r}")
+        raise UserError(f"id2label must have different names (case aside), got {show_names(id2label.values())}")
     inverse = {name: index for index, name in id2label.items()}
     if label2id and {name: int(index) for name, index in label2id.items()} != inverse:
         raise UserError(f"label2id must be the inverse of id2label {id2label!r}, got {label2id!r}")

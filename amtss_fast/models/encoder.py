@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
-from amtss_fast.errors import UserError
+from amtss_fast.models.checkpoints import load_model
+from amtss_fast.models.places import load_config
 
 
 def encoder_config(encoder: str | Path | PretrainedConfig | PreTrainedModel) -> PretrainedConfig:
     """The configuration of what a student is made from: a folder or Hub id, a configuration, or a model."""
     if isinstance(encoder, (str, Path)):
-        config: PretrainedConfig = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
-        return config
+        return load_config(encoder, whose="encoder")
     if isinstance(encoder, PreTrainedModel):
         return encoder.config
     if isinstance(encoder, PretrainedConfig):
@@ -33,8 +33,8 @@ def make_encoder(
     """The encoder with this configuration: fresh weights, those of a checkpoint, or a copy of a model's encoder.
 
     Raises:
-        UserError: the checkpoint lacks weights of the encoder.
-        OSError: nothing found under that name.
+        FileNotFoundError: a path without a folder.
+        UserError: a name that nothing has; a checkpoint that lacks weights of the encoder.
     """
     if isinstance(source, (str, Path)):
         return _loaded(source, text_config)
@@ -55,20 +55,9 @@ def _fresh(text_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _loaded(name_or_path: str | Path, text_config: PretrainedConfig) -> PreTrainedModel:
-    encoder: PreTrainedModel
-    encoder, info = AutoModel.from_pretrained(
-        name_or_path,
-        config=text_config,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **_without_pooler(text_config),
+    encoder: PreTrainedModel = load_model(
+        AutoModel, name_or_path, whose="encoder", config=text_config, **_without_pooler(text_config)
     )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise UserError(
-            f"encoder {str(name_or_path)!r} lacks weights of {type(encoder).__name__}: missing "
-            f"{sorted(info['missing_keys'])}, of another shape {sorted(info['mismatched_keys'])}"
-        )
     return encoder
 
 

@@ -22,6 +22,18 @@ class LanguageProjection(nn.Linear):
         return projected
 
 
+def flush_left(attention_mask: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
+    """The mask and other inputs, all [N, T], with each row's first attended token in the first column.
+
+    Padding on the left becomes padding on the right; rows that begin with a token stay as they are. Encoders count
+    positions from the first column, and the first token is what "cls" pools.
+    """
+    length = attention_mask.shape[1]
+    start = attention_mask.int().argmax(1, keepdim=True)  # [N, 1]
+    index = (torch.arange(length, device=attention_mask.device) + start) % length  # [N, T]
+    return [None if values is None else values.gather(1, index) for values in (attention_mask, *inputs)]
+
+
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """[N, T, H] to [N, H]: the first token, or the mean over the attended tokens, which is 0 in a row without any."""
     if pooling == "cls":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from amtss_fast.errors import UserError
@@ -21,10 +23,22 @@ def check_languages(languages: Sequence[str] | None) -> list[str]:
         raise TypeError(f"languages must be strings, got {codes!r}")
     if not codes or not all(code.strip() for code in codes):
         raise UserError(f"languages must hold at least one code and no empty one, got {codes!r}")
-    twice = sorted({code for code in codes if codes.count(code) > 1})
+    plain = [normalize_language(code) for code in codes]
+    twice = sorted({code for code, key in zip(codes, plain, strict=True) if plain.count(key) > 1})
     if twice:
-        raise UserError(f"languages must be different, got {', '.join(twice)} twice in {codes!r}")
+        raise UserError(f"languages must be different, got {', '.join(twice)} twice in {show_names(codes)}")
     return codes
+
+
+def check_code(code: str) -> str:
+    """The language code.
+
+    Raises:
+        UserError: a character that cannot be in one: a code becomes part of a folder's name and of a name in the log.
+    """
+    if not re.fullmatch(r"[\w-]+", code):
+        raise UserError(f"a language code consists of letters, digits, - and _, got {code!r}")
+    return code
 
 
 def check_texts(texts: Sequence[str], text_pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
@@ -44,8 +58,27 @@ def check_texts(texts: Sequence[str], text_pairs: Sequence[str] | None) -> tuple
 
 
 def normalize_label(name: str) -> str:
-    """A label name as it is compared with others: without case and outer blanks."""
-    return str(name).strip().casefold()
+    """A label name as it is compared with others: without case and outer blanks, characters composed (NFC)."""
+    # Letters that differ in case alone may be composed differently.
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", str(name)).strip().casefold())
+
+
+def normalize_language(code: str) -> str:
+    """A language code as it is compared with others: as a label name, with `_` for `-`."""
+    return normalize_label(code).replace("-", "_")
+
+
+def show_names(names: Iterable[str], known: Iterable[str] = ()) -> str:
+    """Names as a list for a message, those that are not `known` with their characters beyond ASCII escaped.
+
+    Two names may look the same and differ: in the form of an accent, or by a letter of another alphabet.
+    """
+    same = {normalize_label(name) for name in known}
+    shown = [
+        f"{name!r} ({name!a})" if not str(name).isascii() and normalize_label(name) not in same else repr(name)
+        for name in names
+    ]
+    return f"[{', '.join(shown)}]"
 
 
 def _strings(argument: str, values: Sequence[str]) -> list[str]:

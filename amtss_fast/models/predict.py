@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from amtss_fast.errors import UserError
 from amtss_fast.models.modes import eval_mode
 from amtss_fast.models.names import check_texts
-from amtss_fast.models.tokenizers import max_input_tokens
+from amtss_fast.models.positions import max_input_tokens
+from amtss_fast.models.tokenizers import embedding_rows
 
 if TYPE_CHECKING:
     from amtss_fast.models.student import AMTSSForSequenceClassification
@@ -54,6 +55,8 @@ def predict(
     batch_size: int,
 ) -> list[Prediction]:
     """The predictions for N texts, in the order of the texts."""
+    if tokenizer.pad_token_id is None:
+        raise UserError("predict pads texts, and this tokenizer has no pad token: set tokenizer.pad_token")
     names = student.config.label_names
     max_length = max_input_tokens(student, tokenizer)
     ids = torch.tensor(language_ids, dtype=torch.long)
@@ -72,7 +75,9 @@ def predict(
                 truncation=max_length is not None,
                 max_length=max_length,
                 return_tensors="pt",
-            ).to(student.device)
+            )
+            _check_ids(student, inputs["input_ids"])
+            inputs = inputs.to(student.device)
             with torch.inference_mode():
                 logits = student(
                     input_ids=inputs["input_ids"],
@@ -84,6 +89,15 @@ def predict(
             probabilities = logits.float().softmax(-1).tolist()
             results |= {i: _prediction(names, row) for i, row in zip(rows, probabilities, strict=True)}
     return [results[i] for i in range(len(texts))]
+
+
+def _check_ids(student: AMTSSForSequenceClassification, input_ids: torch.Tensor) -> None:
+    rows, largest = embedding_rows(student.encoder), int(input_ids.max())
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"the tokenizer gave the id {largest}, the student's embedding table has {rows} rows: it is another "
+            "model's tokenizer"
+        )
 
 
 def _prediction(names: list[str], probabilities: list[float]) -> Prediction:

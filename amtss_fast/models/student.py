@@ -21,6 +21,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from amtss_fast._compat.transformers import zero_unless_loaded
 from amtss_fast.errors import UserError
 from amtss_fast.loss.options import IGNORE_INDEX, UNLABELED_INDEX
+from amtss_fast.models.checkpoints import check_weights
 from amtss_fast.models.config import AMTSSConfig, label_arguments
 from amtss_fast.models.encoder import encoder_config, make_encoder
-from amtss_fast.models.layers import LanguageProjection, mean_module, of_language, pool
+from amtss_fast.models.layers import LanguageProjection, flush_left, mean_module, of_language, pool
 from amtss_fast.models.names import check_languages
+from amtss_fast.models.places import check_index, loading
 from amtss_fast.models.predict import Prediction, check_predict_arguments, predict
+from amtss_fast.models.sections import check_reads_tokens
 from amtss_fast.models.tokenizers import load_tokenizer
 
 
@@ -96,6 +100,24 @@ class AMTSSForSequenceClassification(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """A saved student, as `PreTrainedModel.from_pretrained` loads it, but safetensors only.
+
+        Raises:
+            FileNotFoundError: a path without a folder.
+            UserError: a broken checkpoint, or one that lacks weights of a student; the message names them.
+        """
+        asked = options.pop("output_loading_info", False)
+        with loading("student", pretrained_model_name_or_path) as place:
+            check_index(place)
+            loaded: Any = super().from_pretrained(
+                place, *args, **{**options, "output_loading_info": True, "use_safetensors": True}
+            )
+            student, info = loaded
+            check_weights(student, info)
+        return (student, info) if asked else student
+
+    @classmethod
     def from_encoder(
         cls,
         encoder: str | Path | PretrainedConfig | PreTrainedModel,
@@ -120,12 +142,14 @@ class AMTSSForSequenceClassification(PreTrainedModel):
             dtype: of all parameters; float32 also for a bfloat16 checkpoint, because training needs it.
 
         Raises:
-            TypeError, UserError: a wrong argument; a checkpoint that lacks weights of the encoder.
-            OSError: nothing found under that name.
+            TypeError, UserError: a wrong argument; an encoder that reads no texts or states nothing for them; a
+                checkpoint that lacks weights of the encoder, or a name that nothing has.
+            FileNotFoundError: a path without a folder.
         """
         if (id2label is None) == (num_labels is None):
             raise UserError(f"give exactly one of id2label and num_labels, got {id2label!r} and {num_labels!r}")
         text_config = encoder_config(encoder)
+        check_reads_tokens(text_config)
         # All arguments are checked here, before a checkpoint is read.
         config = AMTSSConfig(
             text_config,
@@ -152,6 +176,10 @@ class AMTSSForSequenceClassification(PreTrainedModel):
     ) -> Tensor:
         """The projected sentence vectors z [N, H], before dropout and classifier; see `forward`."""
         language_ids = self._check_language_ids(input_ids, language_ids)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask, ids, token_type_ids = flush_left(attention_mask, input_ids, token_type_ids)
+            assert ids is not None  # input_ids is not
+            input_ids = ids
         inputs: dict[str, Tensor | None] = {}
         if self._takes_token_type_ids:
             inputs["token_type_ids"] = token_type_ids
@@ -177,7 +205,7 @@ class AMTSSForSequenceClassification(PreTrainedModel):
 
         Args:
             input_ids: [N, T] int64.
-            attention_mask: [N, T], 1 = attend; default: all.
+            attention_mask: [N, T], 1 = attend; default: all. Padding may be on either side.
             token_type_ids: [N, T]; ignored if the encoder has none.
             language_ids: [N] integers, places in `config.languages`; one batch may mix languages. Required.
             labels: [N] int64 in [0, C); rows with -1 (unlabeled) or -100 (ignored) are left out, and a batch of only
@@ -285,7 +313,7 @@ class AMTSSForSequenceClassification(PreTrainedModel):
                     "predict needs a tokenizer, and this model was not loaded from a folder that "
                     "could hold one: pass tokenizer="
                 )
-            self._tokenizer = load_tokenizer(self.name_or_path)
+            self._tokenizer = load_tokenizer(self.name_or_path, whose="student")
         return self._tokenizer
 
     def _modules_per_language(self) -> list[nn.ModuleList]:

@@ -1,4 +1,4 @@
-"""Tokenizers: loading one, the longest input it allows, and whether two give the same ids."""
+"""Tokenizers: loading one, its pad token, its embedding table, and whether two give the same ids."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from amtss_fast._compat.transformers import has_file
+from amtss_fast.errors import UserError
+from amtss_fast.models.places import loading, reason
 
 # Settings that do not change the ids: where a tokenizer came from, how it truncates and pads, and what its list of
 # special tokens repeats.
@@ -25,45 +26,91 @@ _NOT_ABOUT_IDS = {
 }
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id.
+def load_tokenizer(name_or_path: str | Path, *, whose: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, with a pad token, which pads on the right.
 
     `AutoTokenizer` alone makes an empty tokenizer, which maps every word to "unknown", for a checkpoint without
     tokenizer files. This function refuses such a checkpoint.
 
+    A tokenizer without a pad token pads with its end of text (else its beginning) where it does not end texts with it:
+    padding is masked, and classifiers that read the last token before the padding then find it.
+
+    Padding is on the right, whatever the checkpoint says: with padding on the left the first token is no text, and
+    models that count positions from the first column would shift them.
+
+    Args:
+        name_or_path: a folder or Hub id.
+        whose: what messages call its owner.
+
     Raises:
-        RuntimeError: no tokenizer there.
+        FileNotFoundError: a path without a folder.
+        UserError: no tokenizer there, a broken one, or one that cannot pad.
     """
-    name = str(name_or_path)
-    hint = f"no tokenizer found in {name!r}: save one there with tokenizer.save_pretrained, or pass tokenizer="
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise RuntimeError(f"{hint} ({error})") from error
-    files = {"tokenizer_config.json", "tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if not any(has_file(name, file) for file in sorted(files)):
-        raise RuntimeError(hint)
+    hint = "no tokenizer found: save one there with tokenizer.save_pretrained, or name another"
+    with loading(whose, name_or_path) as place:
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            if has_file(place, "tokenizer.json") or has_file(place, "tokenizer_config.json"):
+                raise
+            raise UserError(f"{hint} ({reason(error)})") from error
+        files = {"tokenizer_config.json", "tokenizer.json", *tokenizer.vocab_files_names.values()}
+        if not any(has_file(place, file) for file in sorted(files)):
+            raise UserError(hint)
+        tokenizer.padding_side = "right"
+        _need_pad_token(tokenizer)
     return tokenizer
 
 
-def max_input_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens that model and tokenizer take, or None if neither has a limit.
+def _need_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is not None:
+        return
+    ending = tokenizer("a")["input_ids"][-1]
+    for token, index in (
+        (tokenizer.eos_token, tokenizer.eos_token_id),
+        (tokenizer.bos_token, tokenizer.bos_token_id),
+    ):
+        if index is not None and index != ending:
+            tokenizer.pad_token = token
+            return
+    raise UserError(
+        "its tokenizer has no pad token, and no beginning or end of text that could stand for it; give it one with "
+        "tokenizer.pad_token = ... and tokenizer.save_pretrained"
+    )
 
-    The smallest of the tokenizer's `model_max_length`, the configuration's `max_position_embeddings` and the rows of
-    the position table. In a table with a padding row (XLM-R and related models) positions start after that row: 514
-    rows hold 512 tokens.
+
+def adopt_pad_token(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a model's configuration name the token that its tokenizer pads with.
+
+    Classifiers of language models read the last token that is not this one. It may be missing in the configuration, or
+    be another one; then they would read the padding.
     """
-    limits = [tokenizer.model_max_length]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - unused)
-    limit = min(limits)
-    # transformers writes "no limit" as 1e30.
-    return None if limit > 10**9 else int(limit)
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding table needs for this tokenizer: its largest id, plus 1."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def check_vocabulary(rows: int | None, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Refuses an embedding table of fewer rows than the tokenizer has ids; None is a model without such a table.
+
+    Raises:
+        UserError: both numbers.
+    """
+    needed = vocabulary_size(tokenizer)
+    if rows is not None and rows < needed:
+        raise UserError(
+            f"{whose}: its embedding table has {rows} rows (vocab_size), but its tokenizer has ids up to {needed - 1}, "
+            f"so it needs {needed}"
+        )
+
+
+def embedding_rows(model: PreTrainedModel) -> int | None:
+    """Rows of a model's word embeddings; None where it has no such table."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amtss_fast._compat.torch import inner_tensors
 from amtss_fast._compat.transformers import attention_implementation
-from amtss_fast.errors import UserError
+from amtss_fast.errors import NotFiniteError, UserError
 from amtss_fast.models.config import AMTSSConfig
 from amtss_fast.models.names import check_languages, check_texts, normalize_label
-from amtss_fast.models.tokenizers import max_input_tokens
+from amtss_fast.models.positions import max_input_tokens
 from amtss_fast.teachers import int8
 from amtss_fast.teachers.batching import LENGTH_MULTIPLE, Batching
 
@@ -134,7 +134,7 @@ class Teacher:
 
         Raises:
             ValueError: no input_ids.
-            RuntimeError: a logit that is not finite; the message names the teacher.
+            NotFiniteError: a logit that is not finite; the message names the teacher.
         """
         if batch.get("input_ids") is None:
             raise ValueError(f"teacher {self.name!r} needs input_ids, got {sorted(batch)}")
@@ -158,7 +158,7 @@ class Teacher:
 
         def finish() -> Tensor:
             if not finite.all():
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"teacher {self.name!r} ({self.precision}) gave logits that are not finite in "
                     f"{int((~finite).sum())} of {len(finite)} rows"
                 )
