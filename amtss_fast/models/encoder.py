@@ -11,13 +11,13 @@ import torch
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from amtss_fast.models.checkpoints import load_model
-from amtss_fast.models.places import load_config
+from amtss_fast.models.places import read_model_config
 
 
 def encoder_config(encoder: str | Path | PretrainedConfig | PreTrainedModel) -> PretrainedConfig:
     """The configuration of what a student is made from: a folder or Hub id, a configuration, or a model."""
     if isinstance(encoder, (str, Path)):
-        return load_config(encoder, whose="encoder")
+        return read_model_config(encoder, whose="encoder")
     if isinstance(encoder, PreTrainedModel):
         return encoder.config
     if isinstance(encoder, PretrainedConfig):

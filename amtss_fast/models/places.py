@@ -98,7 +98,7 @@ def find_place(whose: str, name_or_path: str | Path) -> str:
     raise FileNotFoundError(f"{whose}: there is no folder {path}")
 
 
-def load_config(name_or_path: str | Path, *, whose: str) -> PretrainedConfig:
+def read_model_config(name_or_path: str | Path, *, whose: str) -> PretrainedConfig:
     """The configuration of a folder or Hub id; no code of a checkpoint runs.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from amtss_fast.errors import UserError
-from amtss_fast.models.places import load_config, told_of
+from amtss_fast.models.places import read_model_config, told_of
 from amtss_fast.models.tokenizers import check_vocabulary, vocabulary_size
 
 _SET_BY_THE_RUN = ("id2label", "label2id", "num_labels", "problem_type")
@@ -41,7 +41,7 @@ def read_encoder(
             with torch.device("meta"):
                 AutoModel.from_config(config, trust_remote_code=False)
     else:
-        config = load_config(encoder, whose=whose)
+        config = read_model_config(encoder, whose=whose)
         whose = f"{whose} ({encoder})"
     with told_of(whose):
         check_reads_tokens(config)

@@ -51,7 +51,8 @@ def load_tokenizer(name_or_path: str | Path, *, whose: str = "tokenizer") -> Pre
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            if has_file(place, "tokenizer.json") or has_file(place, "tokenizer_config.json"):
+            unknown = isinstance(error, OSError) and not Path(place).is_dir()
+            if unknown or has_file(place, "tokenizer.json") or has_file(place, "tokenizer_config.json"):
                 raise
             raise UserError(f"{hint} ({reason(error)})") from error
         files = {"tokenizer_config.json", "tokenizer.json", *tokenizer.vocab_files_names.values()}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from amtss_fast.models.layers import flush_left
+
 MIN_ROWS = 8
 """The fewest rows of a forward pass; see `LENGTH_MULTIPLE`."""
 LENGTH_MULTIPLE = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
@@ -79,6 +81,16 @@ class Batching:
                 value = torch.cat([value, value[:1].expand(copies, *value.shape[1:])])
             padded[name] = value
         return padded
+
+
+def padded_right(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a model with the padding of each row on the right; models count positions from the first column."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not len(mask):
+        return inputs
+    like = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == mask.shape]
+    moved = flush_left(mask, *(inputs[name] for name in like))
+    return {**inputs, **dict(zip(like, moved[1:], strict=True))}
 
 
 def group_rows(lengths: Sequence[int], least_saved: int) -> list[slice]:

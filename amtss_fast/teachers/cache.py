@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from amtss_fast._system.files import publish, write_atomically
 from amtss_fast.errors import UserError
 from amtss_fast.loss.logits import QuantizedLogits, quantize_logits
+from amtss_fast.models.places import loading
 
 FORMATS = ("float32", "bfloat16", "codes")
 """How logits are stored; `codes` are those of :class:`amtss_fast.QuantizedLogits`."""
@@ -40,10 +41,12 @@ def default_format(classes: int) -> str:
 
 def files_digest(folder: str | Path) -> str:
     """SHA-256 of the weights, configuration and tokenizer in a folder, or under a Hub id, which is then downloaded."""
-    if not Path(folder).is_dir():
-        from huggingface_hub import snapshot_download
+    with loading("teacher", folder) as place:
+        folder = place
+        if not Path(place).is_dir():
+            from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
+            folder = snapshot_download(place, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
     digest = hashlib.sha256()
     files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model"))
     for file in files:

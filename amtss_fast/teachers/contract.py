@@ -74,7 +74,7 @@ class Teachers(Protocol):
 
         Raises:
             ValueError: a batch that lacks an entry or has a wrong one.
-            RuntimeError: an output that is not finite; from `ask` or from the returned function.
+            NotFiniteError: an output that is not finite; from `ask` or from the returned function.
         """
 
 

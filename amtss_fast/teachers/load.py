@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -19,8 +17,11 @@ from transformers import (
 )
 
 from amtss_fast.errors import UserError
+from amtss_fast.models.checkpoints import load_model
+from amtss_fast.models.places import read_model_config
 from amtss_fast.models.tokenizers import load_tokenizer
 from amtss_fast.teachers import int8
+from amtss_fast.teachers.fitness import check_head, check_padding
 from amtss_fast.teachers.teacher import Teacher
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -72,11 +73,12 @@ def load_teacher(
         task: `"sequence-classification"`, `"token-classification"`, `"masked-lm"` or `"causal-lm"`.
 
     Raises:
-        UserError: an unknown precision, task or engine; a checkpoint without a trained head; as :class:`Teacher`.
+        UserError: an unknown precision, task or engine; a checkpoint that is broken, that no name belongs to, whose
+            weights and configuration do not fit, or that is no classifier or language model of softmax outputs; no
+            tokenizer given and none beside the model; int8 for a model without layers for it; as :class:`Teacher`.
+        FileNotFoundError: a path without a folder.
         TypeError: as :class:`Teacher`.
-        RuntimeError: no tokenizer given and none beside the model.
-        ImportError: an engine that is missing.
-        OSError: nothing found under that name, or no safetensors file.
+        ImportError: an engine or a package that is missing.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
@@ -85,17 +87,29 @@ def load_teacher(
     if engine is not None and precision != "int8":
         raise UserError(f"engine={engine!r} is for precision 'int8', not {precision!r}")
     place = torch.device("cpu" if device is None else device)
+    name = Path(name_or_path).expanduser().resolve().name if name is None else name
+    whose = f"teacher {name!r}"
+    if task in ("sequence-classification", "token-classification"):
+        check_head(read_model_config(name_or_path, whose=whose), name, label_names)
+    kind = TASK_MODELS[task]
+    # Shapes and names of all weights, from the files' headers.
+    skeleton: PreTrainedModel = load_model(kind, name_or_path, whose=whose, dry=True)
     if precision == "int8":
         engine = int8.choose_engine(engine, place)
-        model = _load_in_8_bits(name_or_path, task, engine, place)
-        precision = f"int8 ({engine})"
+        share = int8.share_in_8_bits(skeleton, f"{whose} ({name_or_path})")
+        model = load_model(kind, name_or_path, whose=whose, **int8.loading_options(engine, place, skeleton))
+        int8.quantize_embedding(model)
+        int8.leave_file(model)
+        precision = f"int8 ({engine})" if share >= 0.5 else f"int8 ({engine}, {share:.0%} of the weights)"
     else:
-        model = nn.Module.to(_load(name_or_path, task, {"dtype": getattr(torch, precision)}), place)
+        options = {"dtype": getattr(torch, precision)}
+        model = nn.Module.to(load_model(kind, name_or_path, whose=whose, **options), place)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(name_or_path if tokenizer is None else tokenizer)
-    return Teacher(
+        of = whose if tokenizer is None else f"{whose}: tokenizer"
+        tokenizer = load_tokenizer(name_or_path if tokenizer is None else tokenizer, whose=of)
+    teacher = Teacher(
         model,
-        name=Path(name_or_path).resolve().name if name is None else name,
+        name=name,
         tokenizer=tokenizer,
         languages=languages,
         prior=prior,
@@ -104,31 +118,6 @@ def load_teacher(
         precision=precision,
         compile=compile,
     )
-
-
-def _load_in_8_bits(name_or_path: str | Path, task: str, engine: str, device: torch.device) -> PreTrainedModel:
-    with torch.device("meta"):
-        skeleton = TASK_MODELS[task].from_config(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
-    model = _load(name_or_path, task, int8.loading_options(engine, device, skeleton))
-    int8.quantize_embedding(model)
-    int8.leave_file(model)
-    return model
-
-
-def _load(name_or_path: str | Path, task: str, options: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel
-    model, info = TASK_MODELS[task].from_pretrained(
-        name_or_path,
-        **options,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    # transformers only warns of missing weights, and draws them at random.
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise UserError(
-            f"teacher {str(name_or_path)!r} is no fine-tuned {type(model).__name__}: "
-            f"its checkpoint lacks {', '.join(missing)}"
-        )
-    return model
+    if task == "sequence-classification":
+        check_padding(teacher)
+    return teacher

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from amtss_fast.errors import UserError
 from amtss_fast.models.heads import OutputHead
 from amtss_fast.models.names import check_languages
-from amtss_fast.models.tokenizers import tokenizer_state
+from amtss_fast.models.tokenizers import check_vocabulary, embedding_rows, tokenizer_state
 from amtss_fast.teachers.contract import Answers
 from amtss_fast.teachers.residence import Residence
 from amtss_fast.teachers.streams import Streams
@@ -50,7 +50,9 @@ class LiveTeachers(ABC):
             raise UserError(f"teachers must have different names (name=), got {self.names}")
         for teacher in self.teachers:
             self._check_languages(teacher)
-        self._reads_text = _need_text(self.teachers, tokenizer)
+            if teacher.tokenizer is None and tokenizer is not None:
+                check_vocabulary(embedding_rows(teacher.model), tokenizer, f"teacher {teacher.name!r}")
+        self.reads_text = _need_text(self.teachers, tokenizer)
 
     def _check_languages(self, teacher: Teacher) -> None:
         lacking = [code for code in teacher.languages or () if code not in self.languages]
@@ -81,7 +83,7 @@ class LiveTeachers(ABC):
     @property
     def needs_text(self) -> bool:
         """Whether batches must carry their texts, because a teacher has another tokenizer."""
-        return any(self._reads_text)
+        return any(self.reads_text)
 
     @property
     def prior(self) -> Tensor:
@@ -177,7 +179,7 @@ class TeacherPool(LiveTeachers):
         Raises:
             ValueError: a missing or misshapen entry, a language id out of range.
             UserError: more tokens than a teacher takes.
-            RuntimeError: a teacher's logits are not finite.
+            NotFiniteError: a teacher's logits are not finite.
         """
         return self._start(batch)()
 
@@ -234,7 +236,7 @@ class TeacherPool(LiveTeachers):
     def _inputs(self, k: int, batch: Mapping[str, Any], rows: Tensor, ids: Tensor) -> dict[str, Any]:
         """What teacher k is given: `rows` of the batch, and the language ids of an AMTSS student in its own numbers."""
         teacher = self.teachers[k]
-        inputs = (_text_rows if self._reads_text[k] else _id_rows)(teacher, batch, rows, len(ids))
+        inputs = (_text_rows if self.reads_text[k] else _id_rows)(teacher, batch, rows, len(ids))
         if teacher.own_languages is not None:
             own = [teacher.own_languages.index(self.languages[i]) for i in ids[rows].tolist()]
             inputs["language_ids"] = torch.tensor(own)

@@ -15,10 +15,11 @@ from amtss_fast._compat.torch import inner_tensors
 from amtss_fast._compat.transformers import attention_implementation
 from amtss_fast.errors import NotFiniteError, UserError
 from amtss_fast.models.config import AMTSSConfig
-from amtss_fast.models.names import check_languages, check_texts, normalize_label
+from amtss_fast.models.names import check_languages, check_texts, normalize_label, show_names
 from amtss_fast.models.positions import max_input_tokens
+from amtss_fast.models.tokenizers import adopt_pad_token, check_vocabulary, embedding_rows
 from amtss_fast.teachers import int8
-from amtss_fast.teachers.batching import LENGTH_MULTIPLE, Batching
+from amtss_fast.teachers.batching import LENGTH_MULTIPLE, Batching, padded_right
 
 # With the native kernels one more forward pass takes as long as this many tokens (12 layers of width 384, 2 cores).
 _NATIVE_LEAST_SAVED = 128
@@ -67,6 +68,8 @@ class Teacher:
         self._check_own_languages()
         self.prior = _checked_prior(prior)
         self.label_names = _checked_labels(model, name, label_names)
+        if tokenizer is not None:
+            _fit_tokenizer(model, tokenizer, f"teacher {name!r}")
         self.max_length = self._checked_length(max_length)
         self.inputs = _input_names(model)
         self._forward: Any = torch.compile(model, dynamic=True) if compile else model
@@ -152,6 +155,7 @@ class Teacher:
             for name, value in batch.items()
             if name in self.inputs and value is not None
         }
+        inputs = padded_right(inputs)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             logits = self._batching.run(self._forward, inputs)
             finite = logits.isfinite().all(-1)  # [N]
@@ -183,12 +187,13 @@ class Teacher:
             truncation=self.max_length is not None,
             max_length=self.max_length,
             return_tensors="pt",
+            padding_side="right",
         )
 
     def align(self, label_names: Sequence[str]) -> list[int]:
         """For each of the student's labels the teacher's output of that name.
 
-        Names are compared without case and outer blanks; their order may differ.
+        Names are compared without case and outer blanks, with composed characters; their order may differ.
 
         Raises:
             UserError: the two sets of names differ; the message shows both.
@@ -197,9 +202,9 @@ class Teacher:
         wanted = [normalize_label(name) for name in label_names]
         if sorted(own) != sorted(wanted):
             raise UserError(
-                f"labels of teacher {self.name!r} do not match: it has {list(self.label_names)}, "
-                f"the student {list(label_names)}; if only the words differ, name the teacher's "
-                "outputs in their order with label_names="
+                f"labels of teacher {self.name!r} do not match: it has {show_names(self.label_names, label_names)}, "
+                f"the student {show_names(label_names, self.label_names)}; if only the words differ, name the "
+                "teacher's outputs in their order with label_names="
             )
         return [own.index(name) for name in wanted]
 
@@ -228,14 +233,23 @@ def _checked_labels(model: PreTrainedModel, name: str, label_names: Sequence[str
     id2label: Any = model.config.id2label
     count = len(id2label)
     if label_names is None:
+        if sorted(id2label) != list(range(count)):
+            raise UserError(f"teacher {name!r}: the ids of id2label must be 0 to {count - 1}, got {id2label}")
         return tuple(id2label[index] for index in range(count))
     if isinstance(label_names, str) or not all(isinstance(label, str) for label in label_names):
         raise TypeError(f"label_names must be a list of strings, got {label_names!r}")
     if len(label_names) != count:
         raise UserError(f"label_names must name the {count} outputs of teacher {name!r}, got {list(label_names)}")
     if len({normalize_label(label) for label in label_names}) < count:
-        raise UserError(f"label_names must name {count} different outputs, got {list(label_names)}")
+        raise UserError(f"label_names must name {count} different outputs, got {show_names(label_names)}")
     return tuple(label_names)
+
+
+def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    check_vocabulary(embedding_rows(model), tokenizer, whose)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{whose}: its tokenizer has no pad token; set tokenizer.pad_token")
+    adopt_pad_token(model.config, tokenizer)
 
 
 def _input_names(model: PreTrainedModel) -> set[str]:

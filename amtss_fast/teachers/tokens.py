@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amtss_fast.data.targets import LANGUAGE_MODELS, TOKEN_TASKS, Targets
-from amtss_fast.errors import UserError
+from amtss_fast.errors import NotFiniteError, UserError
 from amtss_fast.loss.logits import QuantizedWeight
 from amtss_fast.models.heads import OutputHead
 from amtss_fast.teachers.contract import Answers
@@ -52,7 +52,9 @@ class TokenTeachers(LiveTeachers):
         if (label_names is None) != (task in LANGUAGE_MODELS):
             raise ValueError(f"label_names belong to token-classification, got {label_names!r} for task {task!r}")
         super().__init__(teachers, languages, tokenizer)
-        for teacher, differs in zip(self.teachers, self._reads_text, strict=True):
+        if tokenizer.padding_side != "right":
+            raise UserError(f"task {task!r} needs padding on the right, set tokenizer.padding_side = 'right'")
+        for teacher, differs in zip(self.teachers, self.reads_text, strict=True):
             if differs:
                 raise UserError(
                     f"teacher {teacher.name!r} has another tokenizer than the student: with task {task!r} all must "
@@ -78,7 +80,7 @@ class TokenTeachers(LiveTeachers):
 
         Raises:
             ValueError: labels whose shape is not that of `input_ids`.
-            RuntimeError: a teacher's output is not finite.
+            NotFiniteError: a teacher's output is not finite.
         """
         answers = self.outputs(batch, Targets.of(self.task, batch))
         return lambda: answers
@@ -91,7 +93,7 @@ class TokenTeachers(LiveTeachers):
         from token classifiers, both in the teacher's dtype.
 
         Raises:
-            RuntimeError: a teacher's output is not finite.
+            NotFiniteError: a teacher's output is not finite.
         """
         mask = self.teaches.to(targets.index.device)[:, batch["language_ids"]]  # [K, N]
         outputs = [self._outputs_of(k, batch, targets, taught) for k, taught in enumerate(mask)]
@@ -116,7 +118,7 @@ class TokenTeachers(LiveTeachers):
         index = place[targets.rows[here]] * length + targets.index[here] % length
         values = self._forward(k, inputs).flatten(0, 1)[index.to(teacher.device)].to(device)
         if not values.isfinite().all():
-            raise RuntimeError(f"teacher {teacher.name!r} ({teacher.dtype}) gave values that are not finite")
+            raise NotFiniteError(f"teacher {teacher.name!r} ({teacher.dtype}) gave values that are not finite")
         output = values.new_zeros(len(here), values.shape[1])
         output[here] = values
         return output

@@ -8,7 +8,7 @@ from amtss_fast.teachers.int8.attention import ATTENTION
 from amtss_fast.teachers.int8.embedding import Int8Embedding, quantize_embedding
 from amtss_fast.teachers.int8.engines import ENGINES, choose_engine, why_missing
 from amtss_fast.teachers.int8.layers import Int8Linear
-from amtss_fast.teachers.int8.loading import leave_file, loading_options
+from amtss_fast.teachers.int8.loading import leave_file, loading_options, share_in_8_bits
 
 __all__ = [
     "ATTENTION",
@@ -19,5 +19,6 @@ __all__ = [
     "leave_file",
     "loading_options",
     "quantize_embedding",
+    "share_in_8_bits",
     "why_missing",
 ]

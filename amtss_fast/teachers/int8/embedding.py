@@ -25,8 +25,17 @@ class Int8Embedding(nn.Module):
 
 
 def quantize_embedding(model: PreTrainedModel) -> None:
-    """Replaces the word embeddings, where they are an ordinary `nn.Embedding`, by `Int8Embedding`."""
+    """Replaces the word embeddings, where they are an ordinary `nn.Embedding`, by `Int8Embedding`.
+
+    A model may have several modules of one matrix, as T5 has.
+    """
     words = model.get_input_embeddings()
     if type(words) is nn.Embedding:
-        name = next(name for name, module in model.named_modules() if module is words)
-        model.set_submodule(name, Int8Embedding(words))
+        same = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Embedding and module.weight.data_ptr() == words.weight.data_ptr()
+        ]
+        replacement = Int8Embedding(words)
+        for name in same:
+            model.set_submodule(name, replacement)

@@ -44,7 +44,7 @@ class Int8Linear(nn.Module):
     output. A row's result does not depend on the other rows of its batch.
 
     `weight` holds int8 codes [out, in] and `scale` is float32 [out], until `pack` replaces the codes by the engine's
-    own layout.
+    own layout; `weight` is empty from then on.
     """
 
     packed: Tensor
@@ -52,6 +52,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
+        self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(out_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
@@ -73,6 +74,8 @@ class Int8Linear(nn.Module):
         """Replaces the codes by the layout that the product reads; the layer cannot run before."""
         packed, offset = self._packed(self.weight.data)
         del self.weight
+        # Some models (T5) cast what enters a layer to the dtype of its weight; an empty one says it.
+        self.register_buffer("weight", self.scale.new_empty(0, self.in_features), persistent=False)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from amtss_fast._system.memory import give_back
+from amtss_fast.errors import UserError
 from amtss_fast.teachers.int8.attention import use_native_attention
 from amtss_fast.teachers.int8.layers import LAYERS, MOST_INPUTS, Int8Linear, NativeLinear, fuse_gelu
 
@@ -37,6 +38,33 @@ def _config(engine: str, keep: list[str]) -> Any:
     from amtss_fast._compat.loading import replacing_weights
 
     return replacing_weights(Quantization(LAYERS[engine], keep))
+
+
+def share_in_8_bits(model: PreTrainedModel, what: str) -> float:
+    """The share of a model's weights that is kept in 8 bits: of linear layers and word embeddings.
+
+    Args:
+        model: without its weights, on the meta device.
+        what: what messages call it.
+
+    Raises:
+        UserError: no layer at all; the message names the model's class.
+    """
+    keep = set(_kept_layers(model))
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name not in keep and module.in_features <= MOST_INPUTS
+    ]
+    if not layers:
+        raise UserError(
+            f"{what}: a {type(model).__name__} has no linear layer that int8 could replace; use float32 or bfloat16"
+        )
+    words = model.get_input_embeddings()
+    reached = {id(module.weight): module.weight.numel() for module in layers}
+    if type(words) is nn.Embedding:
+        reached[id(words.weight)] = words.weight.numel()
+    return sum(reached.values()) / max(1, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _kept_layers(model: PreTrainedModel) -> list[str]:

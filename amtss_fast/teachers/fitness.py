@@ -1,0 +1,88 @@
+"""Whether a checkpoint is a teacher at all: its labels, its head, and what padding does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from amtss_fast.errors import UserError
+from amtss_fast.models.config import AMTSSConfig
+from amtss_fast.models.names import normalize_label, show_names
+from amtss_fast.models.places import told_of
+from amtss_fast.teachers.teacher import Teacher
+
+# Lengths of the two rows that are tried, in words.
+_SHORT, _LONG = 1, 6
+
+
+def check_head(config: PretrainedConfig, name: str, label_names: Sequence[str] | None) -> None:
+    """Refuses a classifier whose outputs are no softmax, or whose configuration does not say what they are.
+
+    Args:
+        config: the teacher's.
+        name: the teacher's, for messages.
+        label_names: given in place of the configuration's names; then the ids of those do not matter.
+
+    Raises:
+        UserError: naming the teacher and what its configuration says.
+    """
+    whose = f"teacher {name!r} ({config.name_or_path})"
+    if isinstance(config, AMTSSConfig):
+        return
+    if config.problem_type not in (None, "single_label_classification"):
+        raise UserError(
+            f"{whose} has problem_type {config.problem_type!r}: its outputs are not those of one softmax over the "
+            "classes, so they cannot be distilled"
+        )
+    names: dict[Any, Any] = dict(config.id2label or {})
+    if len(names) < 2:
+        raise UserError(f"{whose} has {len(names)} output (id2label {names}), which makes no classifier")
+    if label_names is not None:
+        return
+    mend = "mend its config.json, or name its outputs in order with label_names"
+    if sorted(names) != list(range(len(names))):
+        raise UserError(
+            f"{whose}: the ids of id2label must be 0 to {len(names) - 1}, got {sorted(names)} in {names}; {mend}"
+        )
+    if len({normalize_label(label) for label in names.values()}) < len(names):
+        raise UserError(f"{whose}: id2label must have different names, got {show_names(names.values())}; {mend}")
+    ids: dict[Any, Any] = dict(config.label2id or {})
+    other = [label for index, label in names.items() if label in ids and int(ids[label]) != index]
+    if other:
+        raise UserError(f"{whose}: id2label {names} and label2id {ids} contradict each other; {mend}")
+
+
+@torch.no_grad()
+def check_padding(teacher: Teacher) -> None:
+    """Runs a short text alone and beside a longer one: its logits must be the same.
+
+    Raises:
+        UserError: they are not, or the model cannot read a batch.
+    """
+    assert teacher.tokenizer is not None
+    what = f"teacher {teacher.name!r} ({type(teacher.model).__name__})"
+    texts = [" ".join(["a"] * length) for length in (_SHORT, _LONG)]
+    with told_of(f"{what} cannot read a batch of two texts"):
+        together = teacher.logits(**_inputs(teacher, texts))[0].float()
+        inputs = {name: value.to(teacher.device) for name, value in _inputs(teacher, texts[:1]).items()}
+        taken = {name: value for name, value in inputs.items() if name in teacher.inputs}
+        alone = teacher.model(**taken, return_dict=True).logits[0].float()
+    # Fewer bits round, and do so in another way for other shapes.
+    if teacher.dtype is not torch.float32 or teacher.precision != "float32":
+        return
+    off, size = float((together - alone).abs().max()), float(alone.abs().max())
+    if not off <= 1e-3 * size + 1e-4:
+        raise UserError(
+            f"{what} gives a text other logits beside a longer one (off by {off:.2g}): it reads its padding, so it "
+            "cannot teach in batches"
+        )
+
+
+def _inputs(teacher: Teacher, texts: list[str]) -> dict[str, Any]:
+    inputs = dict(teacher.tokenize(texts))
+    if teacher.own_languages is not None:
+        inputs["language_ids"] = torch.zeros(len(texts), dtype=torch.long)
+    return inputs
