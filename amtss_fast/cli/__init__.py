@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from amtss_fast.cli import add_language, cache, demo, doctor, evaluate, predict, report, teachers, train
-from amtss_fast.errors import UserError
+from amtss_fast.cli import add_language, cache, check, demo, doctor, evaluate, predict, report, teachers, train
+from amtss_fast.cli.endings import Parser, can_be_mended, hang_up, interrupted, message_of, say, terminable
 
 _COMMANDS = {
     "demo": demo,
+    "check": check,
     "train": train,
     "cache": cache,
     "teachers": teachers,
@@ -25,13 +26,15 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    An error that the user can mend is printed as one line and gives the status 2, as a mistyped argument does. Any
-    other error is raised.
+    An error that the user can mend is printed as one line, perhaps with a list below it, and gives the status 2, as a
+    mistyped argument does; so are a missing right, a full disk and too little memory. Ctrl-C gives 130, SIGTERM 143.
+    Any other error is raised.
     """
     chosen = _parser().parse_args(arguments)
     command = _COMMANDS[chosen.command]
-    parser = argparse.ArgumentParser(
-        prog=f"amtss-fast {chosen.command}",
+    name = f"amtss-fast {chosen.command}"
+    parser = Parser(
+        prog=name,
         description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.\n\n{command.DETAILS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,19 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Overrides may stand before and after options.
     options = parser.parse_intermixed_args(chosen.arguments)
     try:
-        command.run(options)
-    except (UserError, FileNotFoundError, FileExistsError, ImportError) as error:
+        with terminable():
+            command.run(options)
+            # A reader that has closed the pipe shows here at the latest.
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
         if chosen.trace:
             raise
-        print(f"amtss-fast {chosen.command}: {error}", file=sys.stderr)
-        return 2
+        return interrupted(stop, name, getattr(command, "INTERRUPTED", ""))
+    except Exception as error:
+        if chosen.trace or not can_be_mended(error):
+            raise
+        closed = hang_up() if isinstance(error, BrokenPipeError) else None
+        return say(f"{name}: {message_of(error)}", 2) if closed is None else closed
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, _COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {command.SUMMARY}" for name, command in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="amtss-fast",
         usage="%(prog)s [-h] [--trace] COMMAND ...",
         description="Distil several teachers into one multilingual student.",

@@ -12,6 +12,7 @@ DETAILS = """`train` reads them from then on. If it is interrupted, the same com
 examples:
   amtss-fast cache my.yaml teacher_cache.path=runs/cache
   accelerate launch -m amtss_fast.cli cache my.yaml"""
+INTERRUPTED = "the same command continues where it stopped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

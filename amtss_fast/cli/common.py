@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 OVERRIDES = "settings of the configuration to change, by dotted name: training.num_train_epochs=2 data.max_length=64"
@@ -24,6 +25,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
     return int(text)
+
+
+def path(text: str) -> Path:
+    """The type of arguments that are files and folders; `~` is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def show_results(folder: Path) -> None:

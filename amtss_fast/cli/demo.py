@@ -8,6 +8,7 @@ from amtss_fast.cli.common import add_overrides, show_results
 
 SUMMARY = "train teachers and a student on embedded texts, and print the results"
 DETAILS = ""
+INTERRUPTED = "amtss-fast train demo --resume, with the same settings, goes on"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from amtss_fast.cli.common import show_results
+from amtss_fast.cli.common import path, show_results
 
 SUMMARY = "write report.html of a run again, and print its table"
 DETAILS = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("run", type=path, help="the folder of a run")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ DETAILS = """examples:
   amtss-fast train demo output_dir=runs/short training.num_train_epochs=1
   amtss-fast train my.yaml --resume
   torchrun --nproc-per-node 4 -m amtss_fast.cli train my.yaml"""
+INTERRUPTED = """the same command with --resume (in the place of --overwrite) goes on
+finished models are kept, the one in training continues from its last checkpoint, if it has one"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import AutoConfig, PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, set_seed
 
-from amtss_fast.errors import UserError, user_errors
-from amtss_fast.models import AMTSSConfig
-from amtss_fast.runs.config import ModelConfig, TeacherConfig
+from amtss_fast._system.files import names_file
+from amtss_fast.errors import NotFiniteError, UserError, user_errors
+from amtss_fast.models import AMTSSConfig, adopt_pad_token, read_encoder, read_model_config, told_of
+from amtss_fast.runs.config import ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.runs.setup import Setup, teacher_arguments
 from amtss_fast.teachers import LiveTeachers, Teacher, Teachers, load_teacher
 from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments
@@ -29,16 +30,21 @@ def new_model(setup: Setup, model: ModelConfig, languages: Sequence[str]) -> Any
     Raises:
         UserError: a configuration or checkpoint that gives no such model.
     """
-    set_seed(setup.config.seed)
     options = model.model_dump(exclude={"encoder"})
-    with user_errors():
-        encoder: Any = model.encoder
-        if not isinstance(encoder, str):
-            tokenizer = setup.tokenizer
-            encoder = AutoConfig.for_model(
-                **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **encoder}
-            )
-        return setup.task.new_model(encoder, languages=languages, label_names=setup.label_names, **options)
+    whose = _whose(setup.config, model)
+    described = read_encoder(model.encoder, setup.tokenizer, whose=whose)
+    set_seed(setup.config.seed)
+    encoder: Any = model.encoder if isinstance(model.encoder, str) else described
+    with told_of(whose):
+        built = setup.task.new_model(encoder, languages=languages, label_names=setup.label_names, **options)
+    adopt_pad_token(built.config, setup.tokenizer)
+    return built
+
+
+def _whose(config: RunConfig, model: ModelConfig) -> str:
+    """Whose encoder a model of the configuration has, for messages."""
+    names = [teacher.name for teacher in config.teachers if teacher.model is model]
+    return f"teacher {names[0]!r}: model.encoder" if names else "student.encoder"
 
 
 def find_teacher(setup: Setup, teacher: TeacherConfig) -> str | Path:
@@ -75,7 +81,7 @@ def taught_languages(setup: Setup, teacher: TeacherConfig) -> list[str]:
     codes: Sequence[str] | None = teacher.languages
     if codes is None:
         with user_errors():
-            config = AutoConfig.from_pretrained(find_teacher(setup, teacher), trust_remote_code=False)
+            config = read_model_config(find_teacher(setup, teacher), whose=f"teacher {teacher.name!r}")
         codes = config.languages if isinstance(config, AMTSSConfig) else setup.languages
     return [code for code in setup.languages if code in codes]
 
@@ -153,6 +159,20 @@ def train(setup: Setup, trainer: AMTSSTrainer, target: Path) -> None:
         texts = f"{len(rows):,} texts in {len(trainer.languages)} languages"
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         print(f"\nTraining {target.name}: {texts}, {size}", flush=True)
-    checkpoint = get_last_checkpoint(trainer.args.output_dir) if setup.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = _last_checkpoint(Path(str(trainer.args.output_dir))) if setup.resume else None
+    try:
+        with names_file(Path(str(trainer.args.output_dir))):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{target.name}: {error}") from error
     setup.folder.keep_model(trainer, target)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole: its state is written last. What an interruption left of others is removed."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        if (path / "trainer_state.json").is_file():
+            return str(path)
+        shutil.rmtree(path, ignore_errors=True)
+    return None

@@ -13,6 +13,8 @@ from amtss_fast._compat.datasets import fingerprint
 from amtss_fast.errors import UserError
 from amtss_fast.runs.build import find_teacher, load_teachers, taught_languages, train_teachers
 from amtss_fast.runs.config import CacheConfig, RunConfig, TeacherConfig
+from amtss_fast.runs.folder import RunFolder, check_folder
+from amtss_fast.runs.preflight import check_run, untrained
 from amtss_fast.runs.setup import Setup, prepare, student_arguments
 from amtss_fast.teachers import CachedTeachers, CacheEntry, default_format, files_digest, pool_logits
 from amtss_fast.teachers.int8 import choose_engine
@@ -27,11 +29,17 @@ def compute_cache(config: RunConfig) -> list[str]:
         FileExistsError, UserError: as :func:`amtss_fast.runs.distil`, which continues there with `resume`; no
             `teacher_cache`.
     """
-    _cache(config)
-    setup, processes = prepare(config, resume=True), PartialState()
+    check_folder(Path(_cache(config).path), "teacher_cache.path")
+    folder = RunFolder(Path(config.output_dir))
     if any(teacher.path is None for teacher in config.teachers):
-        if processes.is_main_process:
-            setup.folder.open(config, resume=True)
+        folder.check(config, resume=True)
+    setup, processes = prepare(config, resume=True), PartialState()
+    trains = bool(untrained(setup))
+    check_run(setup, ask_teachers=trains)
+    if trains:
+        # What a finished run was trained with stays as it is.
+        if processes.is_main_process and not folder.is_finished:
+            folder.open(config, resume=True)
         processes.wait_for_everyone()
     disable_progress_bar()
     train_teachers(setup)

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from amtss_fast.errors import UserError, user_errors
-from amtss_fast.runs.settings import apply_overrides, read_settings
-from amtss_fast.training.arguments import AMTSSTrainingArguments
+from amtss_fast.errors import UserError
+from amtss_fast.models.config import ACTIVATIONS, CLASSIFIERS, POOLINGS
+from amtss_fast.models.names import check_code
+from amtss_fast.runs.arguments import TeacherTrainingOptions, TrainingOptions, errors_at, unknown_key
+from amtss_fast.runs.paths import PathText, expand_path
+from amtss_fast.runs.scalars import core_value, typed
+from amtss_fast.runs.settings import apply_overrides, read_settings, shorten, write_settings
+from amtss_fast.teachers import PRECISIONS
 
 SHIPPED = Path(__file__).parent / "configs"
 
 
-@cache
-def _argument_types() -> type[BaseModel]:
-    """A model with the names and types of `AMTSSTrainingArguments`."""
-    types = get_type_hints(AMTSSTrainingArguments)
-    names = [field.name for field in dataclasses.fields(AMTSSTrainingArguments) if field.init]
-    fields: Any = {name: (types[name], None) for name in names}
-    return create_model("TrainingArguments", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
+def _one_of(*allowed: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise UserError(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _check_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Training arguments in which each text has become what its argument is: `no` is False for a boolean."""
-    types = _argument_types()
-    for name in values:
-        if name not in types.model_fields:
-            raise PydanticCustomError("unknown_argument", "unexpected keyword argument '{name}'", {"name": name})
-    texts = {name: value for name, value in values.items() if isinstance(value, str)}
-    return values | types.model_validate(texts).model_dump(exclude_unset=True)
-
-
-TrainingOptions = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
+LanguageCode = Annotated[str, AfterValidator(check_code)]
+# The trainings of a run are RUN/training/NAME; these are not of teachers.
+_TRAININGS = ("student", "labels-only", "memory")
 
 
 class _Section(BaseModel):
-    # A misspelt key is an error, because ignoring it would change the results silently.
-    model_config = ConfigDict(extra="forbid")
+    # What follows from a setting must be finite.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return core_value(values)
+        # A misspelt key is an error, because ignoring it would change the results silently.
+        unknown = [(name, value, unknown_key(name, cls.model_fields)) for name, value in values.items()]
+        if unknown := [problem for problem in unknown if problem[0] not in cls.model_fields]:
+            raise errors_at(unknown)
+        return {name: typed(value, cls.model_fields[name].annotation) for name, value in values.items()}
 
 
 class DataConfig(_Section):
@@ -52,7 +56,7 @@ class DataConfig(_Section):
     `name` to `revision` are arguments of :func:`amtss_fast.data.load_data`.
     """
 
-    name: str
+    name: PathText
     """An embedded data set, `xnli`, a file or folder, or a Hub id."""
     text: str | None = None
     """The column of the texts; default: `text`, or else `premise` with `hypothesis` as second text."""
@@ -64,13 +68,13 @@ class DataConfig(_Section):
     """The column of the language codes."""
     label_names: list[str] | None = None
     """The names of the classes in order; default: those of the data, sorted."""
-    languages: list[str] | None = None
+    languages: list[LanguageCode] | None = Field(default=None, min_length=1)
     """The languages to read, in the order of the student's; default: all, sorted."""
     splits: list[str] | dict[str, str] | None = None
     """The splits to read, or a mapping from their new names to their names in the data set; default: all."""
     split_column: str | None = "split"
     """The column with the names of the splits, in files whose names do not give them."""
-    language_default: str | None = None
+    language_default: LanguageCode | None = None
     """The language of rows without a language code."""
     config: str | None = None
     """The configuration of a data set on the Hub."""
@@ -89,7 +93,7 @@ class DataConfig(_Section):
 class TokenizerConfig(_Section):
     """The tokenizer of the student and of the teachers that the run trains."""
 
-    path: str | None = None
+    path: PathText | None = None
     """A folder or Hub id; default: the encoder's, or a byte-level BPE trained on the training texts."""
     vocab_size: int = Field(default=8000, gt=300)
     """The size of the vocabulary of a tokenizer that is trained."""
@@ -98,47 +102,47 @@ class TokenizerConfig(_Section):
 class ModelConfig(_Section):
     """A model; in other tasks than sequence classification it has an encoder only."""
 
-    encoder: str | dict[str, Any]
+    encoder: Annotated[PathText | dict[str, Any], AfterValidator(core_value)]
     """A folder or Hub id; or a configuration with its `model_type`, for an encoder with random weights."""
-    pooling: str = "mean"
+    pooling: Annotated[str, _one_of(*POOLINGS)] = "mean"
     """How token vectors become one vector; see :class:`amtss_fast.AMTSSConfig`, as for the keys below."""
-    projection_activation: str = "tanh"
-    classifier: str = "shared"
-    classifier_dropout: float = 0.1
+    projection_activation: Annotated[str, _one_of(*ACTIVATIONS)] = "tanh"
+    classifier: Annotated[str, _one_of(*CLASSIFIERS)] = "shared"
+    classifier_dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
 class TeacherConfig(_Section):
     """A teacher: a fine-tuned checkpoint (`path`), or one that is trained first, on labels (`model`)."""
 
     # It is the name of a folder and part of a key in the log.
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=100)
     """Its name in logs and results."""
-    path: str | None = None
+    path: PathText | None = None
     """A folder or Hub id."""
-    languages: list[str] | None = None
+    languages: list[LanguageCode] | None = Field(default=None, min_length=1)
     """The languages that it teaches; default: all."""
-    precision: str = "float32"
+    precision: Annotated[str, _one_of(*PRECISIONS)] = "float32"
     """`float32`, `bfloat16` or `int8`."""
     engine: str | None = None
     """What runs int8; see :func:`amtss_fast.load_teacher`."""
     compile: bool = False
     """Whether `torch.compile` compiles it."""
-    prior: float = 1.0
+    prior: float = Field(default=1.0, ge=0)
     """Its weight before the margins are applied, at least 0."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """A folder or Hub id; default: the tokenizer saved with the checkpoint."""
     label_names: list[str] | None = None
     """The names of its outputs in order, if the checkpoint does not give them."""
     model: ModelConfig | None = None
     """The model to train."""
-    training: TrainingOptions = {}
+    training: TeacherTrainingOptions = {}
     """Training arguments that differ from the run's `teacher_training`."""
 
 
 class CacheConfig(_Section):
     """Logits of the teachers that `amtss-fast cache` computes once and training reads."""
 
-    path: str
+    path: PathText
     """A folder, which several runs may share."""
     format: Literal["float32", "bfloat16", "codes"] | None = None
     """Default: float32 up to 64 classes, 8-bit codes above."""
@@ -165,7 +169,7 @@ class RunConfig(_Section):
     )
     title: str | None = None
     """The title of the report; default: the task."""
-    output_dir: str
+    output_dir: PathText
     """The folder of the run."""
     data: DataConfig
     student: ModelConfig
@@ -178,13 +182,13 @@ class RunConfig(_Section):
     """Train from cached logits; default: run the teachers in each step."""
     memory: MemoryConfig | None = None
     """Choose micro-batch, gradient checkpointing, chunk size and the teachers' precision to fit into a budget."""
-    teacher_training: TrainingOptions = {}
+    teacher_training: TeacherTrainingOptions = {}
     """Arguments of :class:`amtss_fast.AMTSSTrainingArguments` for the teachers that the run trains."""
     training: TrainingOptions = {}
     """Arguments of :class:`amtss_fast.AMTSSTrainingArguments` for the student."""
     labels_only: bool = False
     """Also train the same student, for as many steps, on its labeled rows alone."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """The seed of weights, data order and hidden labels."""
 
     @model_validator(mode="after")
@@ -197,9 +201,16 @@ class RunConfig(_Section):
             raise ValueError(
                 f"teachers_resident moves teachers in float32 and bfloat16, {', '.join(in_8_bits)} is in int8"
             )
-        for teacher in self.teachers:
+        for place, teacher in enumerate(self.teachers):
+            name = f"teachers.{place} ({teacher.name!r})"
+            if teacher.name.strip(".") == "" or teacher.name.endswith(".partial"):
+                raise ValueError(f"{name}: this name cannot be that of a folder")
             if (teacher.path is None) == (teacher.model is None):
-                raise ValueError(f"teacher {teacher.name!r} needs either a path or a model to train")
+                raise ValueError(f"{name}: teacher {teacher.name!r} needs either a path or a model to train")
+            if teacher.model is not None and teacher.name in _TRAININGS:
+                raise ValueError(f"{name}: the run itself keeps a training under this name, choose another")
+            if teacher.path is not None and teacher.training:
+                raise ValueError(f"{name}: training has no effect on a teacher with a path: it is not trained here")
         return self
 
     @model_validator(mode="after")
@@ -218,9 +229,37 @@ class RunConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_arguments(self) -> RunConfig:
+        """Arguments of the student's training that have no effect in this run."""
+        if self.training.get("kd_weight") == 0:
+            raise ValueError("training.kd_weight must be above 0: the student learns from its teachers; got 0")
+        tasks = {
+            "importance_temperature": ("sequence-classification",),
+            "gap_temperature": ("sequence-classification",),
+            "chunk_rows": ("masked-lm", "causal-lm"),
+        }
+        for name, allowed in tasks.items():
+            if self.training.get(name) is not None and self.task not in allowed:
+                raise ValueError(
+                    f"training.{name} is for {' and '.join(allowed)}, not for task {self.task!r}; "
+                    f"got {self.training[name]!r}"
+                )
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if self.memory is not None and self.training.get(name) is not None:
+                raise ValueError(f"training.{name} has no effect: with memory.budget the plan decides it")
+        if (
+            self.task != "masked-lm"
+            and self.data.mask_probability != DataConfig.model_fields["mask_probability"].default
+        ):
+            raise ValueError(
+                f"data.mask_probability is for masked-lm, not for task {self.task!r}; got {self.data.mask_probability}"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The configuration as the YAML that :func:`load_config` reads."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+        return write_settings(self.model_dump())
 
 
 def _changed_head_settings(model: ModelConfig) -> list[str]:
@@ -242,14 +281,22 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunC
         FileNotFoundError: neither a file nor a shipped name.
         UserError: no YAML, an unknown key, a missing key, or a value that is not allowed; the message names each.
     """
-    path = Path(path_or_name)
+    path = Path(expand_path(str(path_or_name)))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a YAML file, for that of a run {path / 'config.yaml'}")
     if not path.is_file() and path.suffix == "":
         path = SHIPPED / f"{path_or_name}.yaml"
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration {str(path_or_name)!r}: give a YAML file, or one of {shipped}")
-    with user_errors():
-        text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line} is not UTF-8: {error.reason} {content[error.start : error.end]!r}"
+        ) from error
     return parse_config(read_settings(text, str(path)), overrides, str(path))
 
 
@@ -264,14 +311,44 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str], origin: st
     Raises:
         UserError: as :func:`load_config`.
     """
+    settings = apply_overrides(values, overrides)
     try:
-        return RunConfig.model_validate(apply_overrides(values, overrides))
+        return RunConfig.model_validate(settings)
     except ValidationError as error:
-        problems = "\n".join(_problem(**found) for found in error.errors())
-        raise UserError(f"{origin} is not a valid configuration:\n{problems}") from error
+        problems: dict[str, list[str]] = {}
+        for found in error.errors():
+            key = ".".join(_place(settings, found["loc"], found["type"]))
+            problems.setdefault(f"{key}: " if key else "", []).append(_problem(**found))
+        lines = [f"{key}{' or '.join(messages)}" for key, messages in problems.items()]
+        if len(lines) == 1:
+            raise UserError(f"{origin} is not a valid configuration: {lines[0]}") from error
+        raise UserError("\n  ".join([f"{origin} is not a valid configuration:", *lines])) from error
 
 
-def _problem(loc: Sequence[int | str], msg: str, input: Any, **_: Any) -> str:
+def _place(settings: Any, loc: Sequence[int | str], kind: str) -> list[str]:
+    """The key that an error is about: its place without the alternatives of a type, which pydantic adds."""
+    names: list[str] = []
+    for step in loc:
+        inside = isinstance(settings, Mapping) and step in settings
+        if not inside and not (isinstance(settings, list) and isinstance(step, int)):
+            if isinstance(settings, Mapping) and kind == "missing":
+                names.append(str(step))
+            break
+        names.append(str(step))
+        settings = settings[step]
+    return names
+
+
+def _problem(msg: str, type: str, input: Any, ctx: Mapping[str, Any] | None = None, **_: Any) -> str:
+    if type == "missing":
+        return "is missing"
+    if type in ("dict_type", "model_type", "model_attributes_type"):
+        msg = "must be a section (a mapping of keys to values)"
     # A whole section would hide the message.
-    found = "" if isinstance(input, Mapping) else f", got {input!r}"
-    return f"  {'.'.join(map(str, loc))}: {msg}{found}"
+    found = "" if isinstance(input, Mapping) else f", got {shorten(repr(input))}"
+    if type == "value_error" and ctx is not None:
+        msg = str(ctx["error"])
+        found = "" if ", got " in msg else found
+    if type == "string_type" and isinstance(input, (Mapping, list)):
+        msg += "; a text with such characters needs quotes"
+    return f"{msg}{found}"

@@ -23,9 +23,10 @@ from typing import Any
 
 from transformers import Trainer
 
-from amtss_fast._system.files import write_atomically
+from amtss_fast._system.files import names_file, write_atomically
 from amtss_fast.errors import UserError
-from amtss_fast.runs.config import RunConfig
+from amtss_fast.runs.changes import changes
+from amtss_fast.runs.config import RunConfig, load_config
 from amtss_fast.runs.memory_plan import MemoryPlan
 
 _FILES = ("config.yaml", "log.jsonl", "memory.json", "metrics.json", "report.html")
@@ -71,8 +72,39 @@ class RunFolder:
         """Whether nothing is there."""
         return not self.path.is_dir() or not any(self.path.iterdir())
 
-    def check(self, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Raise FileExistsError where it holds other files, or a run and neither `overwrite` nor `resume` is set."""
+    @property
+    def replacement(self) -> RunFolder:
+        """Beside it, where the run is made that will take the place of the one here."""
+        return RunFolder(self.path.with_name(f"{self.path.name}.partial"))
+
+    def working(self, *, overwrite: bool, resume: bool) -> RunFolder:
+        """Where a run is made: here, or in `replacement` while a run that is here waits to be replaced."""
+        waits = (overwrite and not self.is_empty) or (resume and self.replacement.config.is_file())
+        return self.replacement if waits else self
+
+    def take_place_of(self, target: RunFolder) -> None:
+        """Moves this finished run to the target, whose own run is removed last."""
+        if self == target:
+            return
+        old = target.path.with_name(f"{target.path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.path.exists():
+            os.replace(target.path, old)
+        os.replace(self.path, target.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def check(self, config: RunConfig | None = None, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Whether a run can be written here.
+
+        Args:
+            config: what `resume` would continue with; None: nothing to compare.
+            overwrite, resume: what may happen to a run that is here.
+
+        Raises:
+            FileExistsError: it holds other files, or a run and neither `overwrite` nor `resume` is set.
+            UserError: it cannot be written; `resume` with another configuration, whose keys are named.
+        """
+        check_folder(self.path, "output_dir")
         if self.is_empty:
             return
         # Nothing that a run has not written is ever removed.
@@ -85,27 +117,27 @@ class RunFolder:
             raise FileExistsError(
                 f"{self.path} is not empty and holds a run: choose another output_dir, --resume or --overwrite"
             )
+        if resume and config is not None and (changed := changes(load_config(self.config), config)):
+            separator = "\n  " if len(changed) > 1 else " "
+            raise UserError(separator.join([f"cannot resume {self.path}, settings have changed:", *changed]))
 
     def open(self, config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> None:
         """Makes the folder a run of this configuration.
 
         Raises:
-            FileExistsError: as :meth:`check`.
-            UserError: `resume` with another configuration.
+            FileExistsError, UserError: as :meth:`check`.
         """
-        self.check(overwrite=overwrite, resume=resume)
-        text = config.to_yaml()
+        self.check(config, overwrite=overwrite, resume=resume)
         if not self.is_empty and overwrite:
             shutil.rmtree(self.path)
-        elif not self.is_empty and self.config.read_text(encoding="utf-8") != text:
-            raise UserError(f"cannot resume {self.path}: its config.yaml differs from this configuration")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, text)
+        write_atomically(self.config, config.to_yaml())
 
     def keep_model(self, trainer: Trainer, target: Path) -> None:
         """Saves a trainer's model, with its tokenizer, as the folder `target`; call it in all processes."""
         partial = target.with_name(target.name + ".partial")
-        trainer.save_model(str(partial))
+        with names_file(target):
+            trainer.save_model(str(partial))
         if trainer.is_world_process_zero():
             os.replace(partial, target)
         trainer.accelerator.wait_for_everyone()
@@ -127,6 +159,21 @@ class RunFolder:
     def write_plan(self, plan: MemoryPlan) -> None:
         """Keeps a plan."""
         write_atomically(self.path / "memory.json", json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def check_folder(path: Path, key: str) -> None:
+    """Raise UserError where no folder can be made or written: `key` is the setting that gives it."""
+    try:
+        here = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+        if not here.is_dir():
+            under = "is a file" if here == path.absolute() else f"lies under {here}, which is a file"
+            raise UserError(f"{key} {path} {under}: choose another folder")
+        # A name that is too long shows here.
+        path.is_dir()
+    except OSError as error:
+        raise UserError(f"{key} {path} cannot be a folder: {error.strerror}") from error
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise UserError(f"{key} {path} cannot be written: no right to write in {here}")
 
 
 def nest(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from amtss_fast.data import encode, load_data, split_data, train_tokenizer
-from amtss_fast.errors import user_errors
+from amtss_fast.data.sources import is_hub_id
+from amtss_fast.errors import UserError, user_errors
 from amtss_fast.models import load_tokenizer
 from amtss_fast.runs.config import RunConfig, TeacherConfig
 from amtss_fast.runs.folder import RunFolder
@@ -109,7 +111,11 @@ def load_run_data(config: RunConfig) -> DatasetDict:
     if not find_task(config.task).has_labels and options["label"] is None:
         # A table without labels needs names for them, which are unused here.
         options["label_names"] = ["text"]
-    data = load_data(options.pop("name"), **options)
+    name = options.pop("name")
+    for key in ("revision", "config"):
+        if options.get(key) is not None and not is_hub_id(name):
+            raise UserError(f"data.{key} = {options[key]!r} is for data sets on the Hub; data.name = {name!r} is none")
+    data = load_data(name, **options)
     if config.data.validation_fraction and "validation" not in data:
         parts = split_data(data["train"], validation=config.data.validation_fraction, test=0, seed=config.seed)
         data = DatasetDict({**data, **parts})
@@ -117,20 +123,21 @@ def load_run_data(config: RunConfig) -> DatasetDict:
 
 
 def _tokenizer(config: RunConfig, train: Dataset) -> PreTrainedTokenizerBase:
-    path = config.tokenizer.path
+    path, whose = config.tokenizer.path, "tokenizer.path"
     if path is None and isinstance(config.student.encoder, str):
-        path = config.student.encoder
+        path, whose = config.student.encoder, "student.encoder"
     if path is not None:
-        with user_errors(RuntimeError):
-            return load_tokenizer(path)
+        return load_tokenizer(path, whose=whose)
     texts = [text for column in ("text", "text_pair") if column in train.column_names for text in train[column]]
     # Lists of words are read one word at a time.
     texts = [word for text in texts for word in ([text] if isinstance(text, str) else text)]
     return train_tokenizer(texts, config.tokenizer.vocab_size, mask=config.task == "masked-lm")
 
 
-def training_arguments(config: RunConfig, name: str, options: Mapping[str, Any]) -> AMTSSTrainingArguments:
-    """The arguments of one training; its checkpoints go to a folder of its own.
+def training_arguments(
+    config: RunConfig, name: str, options: Mapping[str, Any], section: str = "training"
+) -> AMTSSTrainingArguments:
+    """The arguments of one training; its checkpoints go to a folder of its own. `section` is where they are from.
 
     Raises:
         UserError: an argument that does not exist or is outside its range.
@@ -141,8 +148,10 @@ def training_arguments(config: RunConfig, name: str, options: Mapping[str, Any])
         "dataloader_pin_memory": torch.cuda.is_available() and not options.get("use_cpu", False),
     }
     output_dir = str(RunFolder(Path(config.output_dir)).training(name))
-    with user_errors(TypeError):
+    try:
         return AMTSSTrainingArguments(**{**defaults, **options, "output_dir": output_dir})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def student_arguments(config: RunConfig) -> AMTSSTrainingArguments:
@@ -150,7 +159,20 @@ def student_arguments(config: RunConfig) -> AMTSSTrainingArguments:
     return training_arguments(config, STUDENT, config.training)
 
 
+def labels_only_options(config: RunConfig, n_rows: int) -> dict[str, Any]:
+    """The student's training options without teachers, for as many steps as `n_rows` rows give the student."""
+    student = student_arguments(config)
+    per_step = student.train_batch_size * student.gradient_accumulation_steps * student.world_size
+    steps = int(math.ceil(n_rows / per_step) * student.num_train_epochs)
+    options = {**config.training, "kd_weight": 0.0, "ce_weight": 1.0}
+    if options.get("language_sampling") == "adaptive":
+        # Without teachers there is no gap to weigh languages by.
+        options["language_sampling"] = "proportional"
+    options["max_steps"] = student.max_steps if student.max_steps > 0 else steps
+    return options
+
+
 def teacher_arguments(config: RunConfig, teacher: TeacherConfig) -> AMTSSTrainingArguments:
     """The arguments of a teacher's training, which learns from labels alone."""
     options = {**config.teacher_training, **teacher.training, "kd_weight": 0.0, "ce_weight": 1.0}
-    return training_arguments(config, teacher.name, options)
+    return training_arguments(config, teacher.name, options, f"teacher_training, or training of {teacher.name!r}")

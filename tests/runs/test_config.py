@@ -9,6 +9,7 @@ import pytest
 
 from amtss_fast.errors import UserError
 from amtss_fast.runs.config import SHIPPED, RunConfig, load_config, parse_config
+from amtss_fast.runs.scalars import core_value
 from amtss_fast.runs.settings import apply_overrides, read_settings
 
 LEAST = "output_dir: run\ndata: {name: data.csv}\nstudent: {encoder: hub/student}\nteachers: [{name: a, path: hub/a}]\n"
@@ -50,8 +51,8 @@ def load(folder: Path, text: str, *overrides: str) -> RunConfig:
 )
 def test_values(text: str, value: Any) -> None:
     for found in (
-        read_settings(f"key: {text}\n", "file")["key"],
-        apply_overrides({}, [f"key={text}"])["key"],
+        core_value(read_settings(f"key: {text}\n", "file")["key"]),
+        core_value(apply_overrides({}, [f"key={text}"])["key"]),
     ):
         assert found == value
         assert type(found) is type(value)
@@ -66,10 +67,10 @@ def test_a_language_may_be_norwegian(tmp_path: Path) -> None:
 
 def test_words_are_booleans_where_booleans_are_expected(tmp_path: Path) -> None:
     settings = ["labels_only=yes", "teachers.0.compile=off", "training.bf16=no", "training.eval_strategy=no"]
-    config = load(tmp_path, LEAST, *settings, "teachers.0.training.use_cpu=on", "training.report_to=none")
+    config = load(tmp_path, LEAST, *settings, "teacher_training.use_cpu=on", "training.report_to=none")
     assert config.labels_only is True
     assert config.teachers[0].compile is False
-    assert config.teachers[0].training == {"use_cpu": True}
+    assert config.teacher_training == {"use_cpu": True}
     assert config.training == {"bf16": False, "eval_strategy": "no", "report_to": "none"}
 
 
@@ -91,17 +92,19 @@ def test_anchors_and_merges(tmp_path: Path) -> None:
 
 def test_overrides() -> None:
     values: dict[str, Any] = {"seed": 0, "training": None, "teachers": [{"name": "a"}, {"name": "b"}]}
-    changed = apply_overrides(
-        values,
-        [
-            "teachers.1.name=c",
-            "teachers.0.model.encoder={model_type: bert, hidden_size: 16}",
-            "training.max_steps=5",
-            "tokenizer.vocab_size=600",
-            "data.splits=[train, test]",
-            "seed=1",
-            "seed=2",
-        ],
+    changed = core_value(
+        apply_overrides(
+            values,
+            [
+                "teachers.1.name=c",
+                "teachers.0.model.encoder={model_type: bert, hidden_size: 16}",
+                "training.max_steps=5",
+                "tokenizer.vocab_size=600",
+                "data.splits=[train, test]",
+                "seed=1",
+                "seed=2",
+            ],
+        )
     )
     assert changed == {
         "seed": 2,
@@ -112,7 +115,7 @@ def test_overrides() -> None:
     }
     assert values == {"seed": 0, "training": None, "teachers": [{"name": "a"}, {"name": "b"}]}
     # A section is replaced, not merged.
-    assert apply_overrides({"a": {"b": 1}}, ["a={c: 2}"]) == {"a": {"c": 2}}
+    assert core_value(apply_overrides({"a": {"b": 1}}, ["a={c: 2}"])) == {"a": {"c": 2}}
 
 
 @pytest.mark.parametrize(
@@ -129,16 +132,18 @@ def test_overrides() -> None:
         ("seed.x=1", "seed is 0, not a section"),
         ("data.name.x=1", "data.name is 'data.csv', not a section"),
         ("seed=[1", "is not valid YAML"),
-        ("seed={a: 1, a: 2}", "duplicate key a"),
-        ("title=${output_dir}", r"references \(\$\{\.\.\.\}\) are not supported"),
-        ("data.langages=[en]", "data.langages: Extra inputs are not permitted, got "),
-        ("training.learning_rat=1", "training: unexpected keyword argument 'learning_rat'"),
+        ("seed={a: 1, a: 2}", "override seed={a: 1, a: 2}, line 1 is not valid YAML: duplicate key a, it stands in"),
+        ("data.label_names=[a", r"override data.label_names=\[a is not valid YAML: .*expected ',' or ']'"),
+        ("title=*x", r"override title=\*x is not valid YAML: found undefined alias 'x'"),
+        ("title=[draft] results", "override title=.* is not valid YAML"),
+        ("title=draft: results", "title: Input should be a valid string; a text with such characters needs quotes"),
+        ("data.langages=[en]", r"data.langages: unknown key, did you mean languages\?, got \['en'\]"),
+        ("training.learning_rat=1", r"training.learning_rat: unknown key, did you mean learning_rate\?, got '1'"),
         ("training.learning_rate=fast", "training.learning_rate: Input should be a valid number.*, got 'fast'"),
         ("training.max_steps=0o17", "training.max_steps: Input should be a valid integer.*, got '0o17'"),
         ("training.bf16=maybe", "training.bf16: Input should be a valid boolean.*, got 'maybe'"),
-        ("teachers.0.training.sed=1", "teachers.0.training: unexpected keyword argument 'sed'"),
+        ("teachers.0.training.sed=1", r"teachers.0.training.sed: unknown key, did you mean seed\?"),
         ("seed=1.5", "seed: Input should be a valid integer.*, got 1.5"),
-        ("title=1", "title: Input should be a valid string, got 1"),
         ("teachers=[]", "teachers: List should have at least 1 item"),
     ],
 )
@@ -150,18 +155,16 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must hold a mapping, found NoneType"),
-        ("- 1", "must hold a mapping, found list"),
+        ("", "must hold a mapping of settings, found nothing"),
+        ("- 1", "must hold a mapping of settings, found a list"),
+        ("text", "must hold a mapping of settings, found a text"),
         ("data: [", "is not valid YAML"),
         ("seed: 1\nseed: 2", "duplicate key seed"),
         (LEAST + "data: {name: b}\n", "duplicate key data"),
-        (LEAST + "training: {seed: 1, seed: 2}\n", "duplicate key seed"),
-        (LEAST + "title: ${output_dir}\n", r"references \(\$\{\.\.\.\}\) are not supported"),
-        (LEAST + "title: ${oc.env:HOME}\n", r"references \(\$\{\.\.\.\}\) are not supported"),
-        (LEAST + "title: ${\n", r"references \(\$\{\.\.\.\}\) are not supported"),
-        (LEAST + "tile: x\n", "tile: Extra inputs are not permitted"),
+        (LEAST + "training: {seed: 1, seed: 2}\n", "line 5 .*duplicate key training.seed"),
+        (LEAST + "tile: x\n", r"tile: unknown key, did you mean title\?"),
         (LEAST + "title: !!python/object:os.system x\n", "is not valid YAML"),
-        (LEAST.replace("output_dir: run\n", ""), "output_dir: Field required\n?$"),
+        (LEAST.replace("output_dir: run\n", ""), "output_dir: is missing$"),
         (LEAST.replace("path: hub/a", "prior: 1"), "teacher 'a' needs either a path or a model to train"),
         (LEAST.replace("[{name", "[{name: a, path: b}, {name"), r"different names, got \['a', 'a'\]"),
     ],
@@ -174,7 +177,7 @@ def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"title: \xff")
-    with pytest.raises(UserError, match="can't decode byte 0xff"):
+    with pytest.raises(UserError, match=r"run.yaml, line 1 is not UTF-8: .* b'\\xff'"):
         load_config(tmp_path / "run.yaml")
     with pytest.raises(FileNotFoundError, match="no configuration 'nothing': give a YAML file, or one of demo"):
         load_config("nothing")
