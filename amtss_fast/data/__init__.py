@@ -8,7 +8,8 @@ need_training_extra(__name__)
 
 from amtss_fast.data.collate import DistillationCollator, LanguageModelCollator
 from amtss_fast.data.encoding import encode
-from amtss_fast.data.languages import language_counts
+from amtss_fast.data.labels import align_labels
+from amtss_fast.data.languages import label_counts, language_counts
 from amtss_fast.data.load import load_data
 from amtss_fast.data.sampling import LANGUAGE_SAMPLINGS, LanguageSampler, LanguageSampling, check_sampling
 from amtss_fast.data.splits import keep_labels, split_data
@@ -25,9 +26,11 @@ __all__ = [
     "LanguageSampler",
     "LanguageSampling",
     "Targets",
+    "align_labels",
     "check_sampling",
     "encode",
     "keep_labels",
+    "label_counts",
     "language_counts",
     "load_data",
     "split_data",

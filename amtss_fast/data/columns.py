@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from amtss_fast.data.arrow import is_list, is_text
-from amtss_fast.data.languages import language_column
+from amtss_fast.data.languages import check_codes, language_column
 from amtss_fast.data.sources import Part
 from amtss_fast.data.translations import split_translations
 from amtss_fast.data.words import checked_word_labels, checked_words
@@ -94,6 +94,7 @@ def _standard_part(part: Part, chosen: Columns) -> tuple[pa.Table, str]:
     else:
         columns |= {name: _checked_texts(columns[name], source, origin) for name, source in sources.items()}
     columns["language"] = _checked_texts(columns["language"], chosen.language, origin)
+    check_codes(columns["language"], origin)
     columns["label"] = _label_column(table, rows, chosen.label, columns["text"], sources["text"], origin)
     for name in chosen.extra:
         if name in columns:

@@ -13,11 +13,10 @@ from datasets import ClassLabel, DatasetDict, Features, Value
 from amtss_fast.data.arrow import count_values, dataset_of, in_lists, is_list
 from amtss_fast.data.columns import Columns, standard_table
 from amtss_fast.data.labels import label_ids, own_label_names
-from amtss_fast.data.languages import choose_languages
+from amtss_fast.data.languages import check_spelling, choose_languages
 from amtss_fast.data.sources import EMBEDDED, Part, Source, is_embedded, read_parts
 from amtss_fast.data.splits import SPLIT_ORDER
 from amtss_fast.errors import UserError
-from amtss_fast.loss.options import UNLABELED_INDEX
 
 
 def load_data(
@@ -48,24 +47,37 @@ def load_data(
     - `"xnli"`: `facebook/xnli` from the Hub. `config` is `"all_languages"` or one language; without it the
       configurations of `languages` are read, or `all_languages`;
     - a local file, folder, glob pattern, a list of these, or a mapping from split to these. Formats: .csv and .tsv with
-      a header, JSON lines (.jsonl, .ndjson, .json), .parquet;
+      a header, JSON lines (.jsonl, .ndjson, .json), .parquet, and folders that `save_to_disk` of `datasets` wrote;
     - any other Hub id; `config` and `**hub` (`revision`, `token`, ...) go to `datasets.load_dataset`.
 
+    Text files are UTF-8, with or without a BOM. Blank lines are skipped; any other line is a row or an error. A CSV has
+    texts with commas, quotes or line ends in quotes, and quotes in them doubled. In a .tsv quotes are characters like
+    others, and no text has a tab or a line end.
+
     In local tables the split comes from the mapping, else from the name of the file or of a folder (train, validation,
-    valid, val, dev, test), else from `split_column` where the table has it; else all rows are `train`.
+    valid, val, dev, test; at its end, or with a language code alone behind it), else from `split_column` where the
+    table has it; else all rows are `train`.
 
     The language comes from the column `language`, else from `language_default`, else from the name of a local file or
-    folder (`en/train.parquet`, `train.pt-BR.csv`). Translation columns, as in XNLI's `all_languages` (`{"en": text,
-    ...}` or `{"language": [...], "translation": [...]}`), become one row for each language in which all text columns
-    are given.
+    folder (`en/train.parquet`, `train.pt-BR.csv`). A name counts that is one of `languages` (`_` and `-` are alike; it
+    comes out as given there) or a code of ISO 639 with a script or region, in their usual capitals: `eng_Latn`,
+    `es-419`. Translation columns, as in XNLI's `all_languages` (`{"en": text, ...}` or `{"language": [...],
+    "translation": [...]}`), become one row for each language in which all text columns are given.
 
     A text column that holds lists of words makes a set for token classification: `text` holds lists of str, and `label`
     lists of ClassLabel of the same lengths, read from a label column of such lists. A row whose list of labels is
     missing is unlabeled.
 
-    Labels may be class ids or names. Names get ids in sorted order, or in the order of `label_names`. Without
-    `label_names` the ids must be 0, 1, ... without a gap; a set that carries its own names keeps them. A missing label
-    and -1 mean unlabeled. `label=None` reads a set that has no labels.
+    Labels may be class ids or names, whatever the file: an id may be written 1, 1.0, "1" or "1.0". Labels that are all
+    among `label_names` are names; otherwise they are ids if all are whole numbers, and names if not. Names get ids in
+    sorted order, or in the order of `label_names`; a set that carries its own names keeps them, and with `label_names`
+    is aligned by name. Without any names the ids must be 0, 1, ... without a gap. Names are compared without case,
+    outer blanks and Unicode form; two spellings of one name in the data are an error, or one name if only blanks or the
+    Unicode form differ.
+
+    A label that is missing (null, NaN, an empty field) or -1 means unlabeled. Among ids the texts nan, none, null, NA,
+    N/A, <NA> and NaT are missing labels too. Among names they stay names; "nan", "NaN", "<NA>" and "NaT" must then
+    stand in `label_names`. `label=None` reads a set that has no labels.
 
     Args:
         text, text_pair: names of the text columns. Without them `text`, or `premise` and `hypothesis` in a table that
@@ -84,8 +96,6 @@ def load_data(
         raise TypeError("label_names, languages and keep are sequences of names, not one string")
     if label is None and label_names is None:
         raise UserError("label=None (a set without labels) needs label_names")
-    if label_names is not None and len(set(label_names)) != len(label_names):
-        raise UserError(f"label_names has a name twice: {list(label_names)}")
     if text is None and text_pair is not None:
         raise UserError(f"text_pair={text_pair!r} needs text, the name of the first text column")
     if is_embedded(name_or_path):
@@ -99,6 +109,7 @@ def load_data(
     tables = {split: standard_table(parts[split], chosen) for split in parts}
     if languages is not None:
         tables = choose_languages(tables, languages)
+    check_spelling(tables)
     for split, table in tables.items():
         if table.num_rows == 0:
             found = {name: count_values(table["language"]) for name, table in tables.items()}
@@ -136,7 +147,7 @@ def _with_labels(
     ids, names = label_ids(flat, own_names, label_names)
     result = DatasetDict()
     for split, table in tables.items():
-        label = ids[split].cast(pa.int64()).fill_null(UNLABELED_INDEX)
+        label = ids[split]
         data = {
             **{name: table[name] for name in ("text", "text_pair") if name in table.column_names},
             "label": in_lists(label, found[split]) if words else label,

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from amtss_fast.data.files import FORMATS, file_format, read_file
+from amtss_fast.data.arrow import blank_to_null, is_text, plain_table
+from amtss_fast.data.file_names import FileName, one_spelling
+from amtss_fast.data.files import FORMATS, SAVED, file_format, read_file
 from amtss_fast.errors import UserError
 
 PathLike: TypeAlias = str | Path
@@ -32,17 +34,6 @@ XNLI_LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "t
 
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 _XNLI = ("xnli", "facebook/xnli")
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-_LANGUAGE_CODE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def read_parts(
     hub: Mapping[str, Any],
 ) -> dict[str, list[Part]]:
     """The tables of each split, with the columns of the source; arguments as in `amtss_fast.data.load_data`."""
-    if is_embedded(source) or not _is_hub_id(source):
+    if is_embedded(source) or not is_hub_id(source):
         if config is not None or hub:
             given = {**({} if config is None else {"config": config}), **hub}
             raise TypeError(f"{source!r} is not on the Hub and takes no Hub arguments: {given}")
@@ -81,7 +72,7 @@ def is_embedded(source: Source) -> bool:
     return isinstance(source, str) and source in EMBEDDED
 
 
-def _is_hub_id(source: Source) -> bool:
+def is_hub_id(source: Source) -> bool:
     """A Hub id: `name` or `owner/name` that is no local path and does not look like one."""
     if not isinstance(source, str):
         return False
@@ -113,7 +104,7 @@ def _read_hub(
         own_language = chosen if name == "facebook/xnli" and chosen != "all_languages" else None
         origin = name if chosen is None else f"{name} ({chosen})"
         for split, dataset in loaded.items():
-            part = Part(dataset.with_format("arrow")[:], f"{origin}, split {split}", own_language)
+            part = Part(plain_table(dataset.with_format("arrow")[:]), f"{origin}, split {split}", own_language)
             parts.setdefault(str(split), []).append(part)
     return parts
 
@@ -130,95 +121,109 @@ def _xnli_configs(config: str | None, languages: Sequence[str] | None) -> list[s
 
 
 def _read_local(source: Source, split_column: str | None, languages: Sequence[str] | None) -> dict[str, list[Part]]:
-    named: list[tuple[str | None, Part]] = []
-    for split, file, root in _local_files(source):
-        words = [_words(piece) for piece in (*file.relative_to(root).parts[:-1], file.stem)]
-        split = split or _split_of(words, file)
-        part = Part(read_file(file), str(file), _language_of(file, root, words, languages))
-        named.append((split, part))
-
+    found = _local_files(source)
     parts: dict[str, list[Part]] = {}
-    for split, part in named:
+    unnamed: list[tuple[File, Part]] = []
+    for file in found:
+        name = FileName(file.path, file.root)
+        split = file.split or name.split(languages)
+        part = Part(read_file(file.path), str(file.path), name.language(languages))
         if split is not None:
-            pieces = {split: [part]}
+            parts.setdefault(split, []).append(part)
         elif split_column is not None and split_column in part.table.column_names:
-            pieces = _split_rows(part, split_column)
-        elif all(other is None for other, _ in named):
-            pieces = {"train": [part]}
+            for split, rows in _split_rows(part, split_column).items():
+                parts.setdefault(split, []).extend(rows)
         else:
-            raise UserError(
-                f"{part.origin} names no split, but the files beside it do: "
-                f"{[other.origin for found, other in named if found is not None]}; "
-                "give a mapping {split: files}"
-            )
-        for name, found in pieces.items():
-            parts.setdefault(name, []).extend(found)
+            unnamed.append((file, part))
+    _check_unnamed(unnamed, parts, len(found))
+    if unnamed:
+        parts["train"] = [part for _, part in unnamed]
+    one_spelling(
+        [part.language for listed in parts.values() for part in listed if part.language], "the names of the files"
+    )
     return parts
 
 
-def _local_files(source: Source) -> list[tuple[str | None, Path, Path]]:
-    """Each file with the split that a mapping gives it, and the folder from which its name counts."""
+def _check_unnamed(unnamed: Sequence[tuple[File, Part]], parts: Mapping[str, Sequence[Part]], count: int) -> None:
+    """Files that name no split are all to train on, but only if it is clear that they are."""
+    if unnamed and parts:
+        raise UserError(
+            f"{unnamed[0][1].origin} names no split, but the files beside it do: "
+            f"{[part.origin for listed in parts.values() for part in listed][:10]}; "
+            "give a mapping {split: files}"
+        )
+    for file, _ in unnamed if count > 1 else []:
+        word = FileName(file.path, file.root).split_word()
+        if word is not None:
+            raise UserError(
+                f"{file.path}: {word!r} in the name may be a split or a part of a title; "
+                f"call the file {word}{file.path.suffix} or the like, or give a mapping {{split: files}}"
+            )
+
+
+@dataclass(frozen=True)
+class File:
+    """A data file, or a folder that `Dataset.save_to_disk` wrote."""
+
+    path: Path
+    root: Path
+    """The folder from which its name counts."""
+    split: str | None = None
+    """Its split, where a mapping or a saved `DatasetDict` says it."""
+
+
+def _local_files(source: Source) -> list[File]:
     given: list[tuple[str | None, Any]] = [*source.items()] if isinstance(source, Mapping) else [(None, source)]
-    files: list[tuple[str | None, Path, Path]] = []
+    files: list[File] = []
     for split, paths in given:
         for path in [paths] if isinstance(paths, (str, Path)) else paths:
-            files += [(split, file, root) for file, root in _find_files(Path(path).expanduser())]
-    formats = sorted({file_format(file) for _, file, _ in files})
+            for file in _find_files(Path(path).expanduser()):
+                if split is not None and file.split is not None:
+                    raise UserError(f"{path} has splits of its own, and cannot be {split!r}; give one of its folders")
+                files.append(File(file.path, file.root, split or file.split))
+    formats = sorted({file_format(file.path) for file in files})
     if len(formats) > 1:
         raise UserError(f"{source!r} mixes the formats {formats}; give one of them, for example 'folder/*{formats[0]}'")
     return files
 
 
-def _find_files(path: Path) -> list[tuple[Path, Path]]:
-    """The data files under a file, folder or glob pattern, each with the folder from which its name counts."""
+def _find_files(path: Path) -> list[File]:
+    """The data files under a file, folder or glob pattern."""
     if path.is_file():
         if file_format(path) not in FORMATS:
-            raise UserError(f"{path}: unknown format {path.suffix!r}; known are {list(FORMATS)}")
-        return [(path, path.parent)]
+            hint = "; give the folder that save_to_disk wrote" if path.suffix == ".arrow" else ""
+            raise UserError(f"{path}: unknown format {path.suffix!r}; known are {list(FORMATS)}{hint}")
+        return [File(path, path.parent)]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file_format(file) in FORMATS)
+        files = _saved_files(path) or [
+            File(file, path) for file in sorted(path.rglob("*")) if file.is_file() and file_format(file) in FORMATS
+        ]
         if not files:
             found = sorted(file.name for file in path.iterdir())[:10]
             raise FileNotFoundError(f"{path} holds no file in a known format {list(FORMATS)}; it holds {found}")
-        return [(file, path) for file in files]
+        return files
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
         raise FileNotFoundError(f"no file or folder {str(path)!r}; embedded sets: {sorted(EMBEDDED)}")
     return [found for match in matches for found in _find_files(match)]
 
 
-def _words(piece: str) -> list[str]:
-    return [word for word in re.split(r"[^A-Za-z0-9]+", piece) if word]
-
-
-def _split_of(words: Sequence[Sequence[str]], file: Path) -> str | None:
-    """The split that the file's name gives, or else the nearest folder's."""
-    for piece in reversed(words):
-        found = {_SPLIT_WORDS[word.lower()] for word in piece if word.lower() in _SPLIT_WORDS}
-        if len(found) > 1:
-            raise UserError(f"{file} names several splits: {sorted(found)}")
-        if found:
-            return found.pop()
-    return None
-
-
-def _language_of(file: Path, root: Path, words: Sequence[Sequence[str]], languages: Sequence[str] | None) -> str | None:
-    """The language in a file's name (`train.pt-BR.csv`, `en_train.csv`) or a folder's (`en/`)."""
-    pieces = list(file.relative_to(root).parts[:-1])
-    # The stem without the split and the numbers of shards.
-    rest = [word for word in words[-1] if word.lower() not in _SPLIT_WORDS and word != "of"]
-    stem = "-".join(word for word in rest if not word.isdigit())
-    for piece in (stem, *reversed(pieces)):
-        if languages is not None and piece in languages:
-            return piece
-        if _LANGUAGE_CODE.fullmatch(piece):
-            return piece
-    return None
+def _saved_files(folder: Path) -> list[File]:
+    """What `save_to_disk` wrote into a folder, or into folders below it."""
+    files = []
+    for state in sorted(folder.rglob(SAVED)):
+        saved = state.parent
+        # A `DatasetDict` has a folder for each split, whatever the names of its splits are.
+        of_dict = (saved.parent / "dataset_dict.json").is_file()
+        files.append(File(saved, folder if saved != folder else folder.parent, saved.name if of_dict else None))
+    return files
 
 
 def _split_rows(part: Part, column: str) -> dict[str, list[Part]]:
     """The rows of a table by the split that a column names."""
     values = part.table[column]
+    if is_text(values.type):
+        values = blank_to_null(values)
     if values.null_count:
         raise UserError(f"{part.origin}: column {column!r} has {values.null_count} empty values")
     return {

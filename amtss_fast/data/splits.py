@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
-from amtss_fast.data.arrow import dataset_of, in_lists, table_of, value_codes
+from amtss_fast.data.arrow import dataset_of, has_label, in_lists, table_of, value_codes
 from amtss_fast.errors import UserError
 from amtss_fast.loss.options import UNLABELED_INDEX
 
@@ -96,13 +96,13 @@ def keep_labels(dataset: Dataset, fraction: float, *, seed: int, per: Sequence[s
     groups = [table[name] for name in per]
     if isinstance(dataset.features["label"], datasets.List):
         column = table["label"].combine_chunks()
-        keeps = _draw(_has_label(column), _group_numbers(groups, len(table)), fraction, seed)
+        keeps = _draw(has_label(column), _group_numbers(groups, len(table)), fraction, seed)
         values = _hide(pc.list_flatten(column), np.repeat(keeps, pc.list_value_length(column).to_numpy()))
         labels = in_lists(values, column)
     else:
         column = table["label"]
         group = _group_numbers([*groups, column], len(table))
-        labels = _hide(column, _draw(column.to_numpy() != UNLABELED_INDEX, group, fraction, seed))
+        labels = _hide(column, _draw(has_label(column.combine_chunks()), group, fraction, seed))
     table = table.set_column(table.column_names.index("label"), "label", labels)
     return dataset_of(table, dataset.features, dataset.split)
 
@@ -136,14 +136,6 @@ def _group_numbers(columns: Iterable[pa.ChunkedArray], n_rows: int) -> np.ndarra
         codes = value_codes(column)
         _, group = np.unique(group * (codes.max(initial=0) + 1) + codes, return_inverse=True)
     return group
-
-
-def _has_label(lists: pa.Array) -> np.ndarray:
-    """[N] bool: whether any word of the row has a label."""
-    lengths = pc.list_value_length(lists).to_numpy()
-    largest = np.maximum.reduceat(pc.list_flatten(lists).to_numpy(), np.cumsum(lengths) - lengths)
-    has_label: np.ndarray = largest != UNLABELED_INDEX
-    return has_label
 
 
 def _hide(labels: pa.Array, keeps: np.ndarray) -> pa.Array:

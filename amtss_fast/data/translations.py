@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from amtss_fast.data.arrow import is_list, is_text
 from amtss_fast.errors import UserError
 
 # Language -> (numbers of the rows that have a text in it, those texts).
@@ -63,20 +64,27 @@ def split_translations(
 
 def _translations(column: pa.StructArray) -> _Translations:
     fields = {field.name: field.type for field in column.type}
-    if set(fields) == {"language", "translation"} and pa.types.is_list(fields["language"]):
+    if set(fields) == {"language", "translation"} and is_list(fields["language"]):
         return _of_lists(column)
     return {code: _of_field(column, code) for code in fields}
 
 
 def _of_field(column: pa.StructArray, code: str) -> tuple[np.ndarray, pa.Array]:
     values = pc.struct_field(column, code)
+    _check_text(values.type, code)
     return np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False)), values.drop_null()
+
+
+def _check_text(kind: pa.DataType, field: str) -> None:
+    if not (is_text(kind) or pa.types.is_null(kind)):
+        raise UserError(f"a translation column holds {kind} in {field!r}, not text")
 
 
 def _of_lists(column: pa.StructArray) -> _Translations:
     codes = pc.struct_field(column, "language")
     rows = pc.list_parent_indices(codes).to_numpy(zero_copy_only=False)
     codes, texts = pc.list_flatten(codes), pc.list_flatten(pc.struct_field(column, "translation"))
+    _check_text(texts.type, "translation")
     if len(codes) != len(texts):
         raise UserError(f"a translation column has {len(codes)} languages for {len(texts)} translations")
     result = {}
