@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 KERNELS := CMakeLists.txt $(shell find kernels -type f -not -name '*.py')
 SOURCES := pyproject.toml constraints.txt $(KERNELS)
 
-.PHONY: demo test test-lowest lint ctest sanitize bench clean
+.PHONY: demo test test-lowest lint ctest sanitize fuzz bench clean
 
 demo: $(VENV)/.train
 	$(BIN)/amtss-fast demo
@@ -36,6 +36,11 @@ sanitize: $(VENV)/.test
 		$(BIN)/cmake --build build/$$kind --parallel 2 && \
 		$(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
 	done
+
+# Random calls and files, AMTSS_FUZZ_EXAMPLES (20000) of each test; ends with a table of what was tried and what came of it.
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile fuzz \
+		$$(find tests -name 'test_fuzz_*.py')
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,13 +1,24 @@
-"""The backends that this machine has; tests that take `backend` run on each of them."""
+"""The backends that this machine has, on each of which tests that take `backend` run, and the profiles of random tests."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import fuzz
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from amtss_fast.loss import registry
+
+# `make test` tries the same few examples each time, `make fuzz` many new ones.
+_RANDOM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=40, derandomize=True, **_RANDOM)
+settings.register_profile(
+    "fuzz", max_examples=int(os.environ.get("AMTSS_FUZZ_EXAMPLES", "20000")), print_blob=True, **_RANDOM
+)
+settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,3 +58,22 @@ def _device_of_the_backend(request: pytest.FixtureRequest) -> object:
         return (yield)
     finally:
         torch.set_default_device(None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # A process of pytest-xdist hands its counts over.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["fuzz"] = [(*key, number) for key, number in fuzz.COUNTS.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for what, how, number in getattr(node, "workeroutput", {}).get("fuzz", []):
+        fuzz.COUNTS[what, how] += number
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if fuzz.COUNTS and config.getoption("--hypothesis-profile") == "fuzz":
+        terminalreporter.section("examples and outcomes")
+        for line in fuzz.table():
+            terminalreporter.write_line(line)
