@@ -23,6 +23,8 @@ from amtss_fast.errors import UserError
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 # What `Dataset.save_to_disk` writes into its folder.
 SAVED = "state.json"
+# What `DatasetDict.save_to_disk` writes beside the folders of its splits.
+SAVED_SPLITS = "dataset_dict.json"
 # Rows of a text file that are read at once.
 _CHUNK = 50_000
 # `"he said ""hi"" to me"`: a text with quotes, as a CSV has it.
@@ -48,6 +50,8 @@ def read_file(file: Path) -> pa.Table:
         SAVED: _read_saved,
     }
     kind = file_format(file)
+    if kind != SAVED and file.stat().st_size == 0:
+        raise UserError(f"{file} is empty: it has no bytes")
     try:
         table = plain_table(readers.get(kind, _read_json_lines)(file))
     except (UserError, FileNotFoundError):
@@ -89,15 +93,20 @@ def _read_json_lines(file: Path) -> pa.Table:
     return pa.concat_tables(chunks, promote_options="permissive") if chunks else pa.table({})
 
 
-def _rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+def _rows_table(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> pa.Table:
     # `Table.from_pylist` takes the columns of the first row only.
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
     columns = {}
     for name in names:
         try:
-            columns[name] = pa.array([row.get(name) for row in rows])
+            columns[name] = pa.array([row.get(name) for _, row in rows])
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"the values of {name!r} do not fit together: {error}") from error
+            kinds: dict[str, int] = {}
+            for number, row in rows:
+                if row.get(name) is not None:
+                    kinds.setdefault(type(row[name]).__name__, number)
+            shown = ", ".join(f"{kind} (line {number} first)" for kind, number in kinds.items())
+            raise ValueError(f"the values of {name!r} do not fit together, they are {shown}: {error}") from error
     return pa.table(columns)
 
 

@@ -65,9 +65,9 @@ def different_keys(names: Sequence[str], what: str) -> dict[str, int]:
         if other != place:
             shown = f"{names[other]!a} and {name!a}"
             if names[other] == name:
-                raise UserError(f"{what} has a name twice: {name!r} in {list(names)}")
+                raise UserError(f"a name twice in {what}: {name!r} in {list(names)}")
             raise UserError(
-                f"{what} has a name twice, {shown}: "
+                f"a name twice in {what}, {shown}: "
                 "case, outer blanks, Unicode form and decimals do not make another name"
             )
     return places
@@ -88,10 +88,7 @@ def check_names_found(names: Sequence[str], what: str) -> None:
         )
     if names and all(map(is_number, names)):
         shown = [name for name in names if not is_id(name)]
-        raise UserError(
-            f"{what} are numbers, and not all are whole: {shown[:10]}; they are no ids; "
-            "if they are names, give label_names"
-        )
+        raise UserError(f"{what} are numbers, but no ids 0, 1, ...: {shown[:10]}; if they are names, give label_names")
 
 
 def _whole(text: str) -> str | None:

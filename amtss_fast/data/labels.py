@@ -184,7 +184,8 @@ def _of_texts(
     names = sorted(labels) if given is None else list(given)
     outside = sorted(text for text in labels if label_key(text) not in places)
     if outside:
-        raise UserError(f"labels outside the label names: {_some(outside)}; the label names are {names}")
+        shown = f"{show_names(outside[:10], names)}{_more(outside)}"
+        raise UserError(f"labels outside the label names: {shown}; the label names are {show_names(names, outside)}")
     return {text: places.get(label_key(text), UNLABELED_INDEX) for text in found}, names
 
 
@@ -238,5 +239,8 @@ def _check_kinds(columns: Mapping[str, _Column]) -> None:
 
 
 def _some(values: Sequence[Any], most: int = 10) -> str:
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return f"{list(values[:most])}{more}"
+    return f"{list(values[:most])}{_more(values, most)}"
+
+
+def _more(values: Sequence[Any], most: int = 10) -> str:
+    return f" and {len(values) - most} more" if len(values) > most else ""

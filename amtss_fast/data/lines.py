@@ -80,9 +80,9 @@ def json_row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def json_rows(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines; blank lines are skipped."""
-    return (json_row(line, f"{origin}, line {number}") for number, line in lines if line.strip())
+def json_rows(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of JSON lines with the numbers of their lines; blank lines are skipped."""
+    return ((number, json_row(line, f"{origin}, line {number}")) for number, line in lines if line.strip())
 
 
 def _constant(value: str, place: str) -> float:

@@ -114,7 +114,10 @@ def load_data(
         if table.num_rows == 0:
             found = {name: count_values(table["language"]) for name, table in tables.items()}
             raise UserError(f"split {split!r} is empty; rows per split and language: {found}")
-    return _with_labels(tables, own_names, label_names, chosen.extra)
+    try:
+        return _with_labels(tables, own_names, label_names, chosen.extra)
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from error
 
 
 def _choose_splits(

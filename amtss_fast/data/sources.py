@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import pyarrow.parquet
 
 from amtss_fast.data.arrow import blank_to_null, is_text, plain_table
 from amtss_fast.data.file_names import FileName, one_spelling
-from amtss_fast.data.files import FORMATS, SAVED, file_format, read_file
-from amtss_fast.errors import UserError
+from amtss_fast.data.files import FORMATS, SAVED, SAVED_SPLITS, file_format, read_file
+from amtss_fast.errors import UserError, user_errors
 
 PathLike: TypeAlias = str | Path
 Source: TypeAlias = PathLike | Sequence[PathLike] | Mapping[str, PathLike | Sequence[PathLike]]
@@ -195,8 +196,15 @@ def _find_files(path: Path) -> list[File]:
             raise UserError(f"{path}: unknown format {path.suffix!r}; known are {list(FORMATS)}{hint}")
         return [File(path, path.parent)]
     if path.is_dir():
-        files = _saved_files(path) or [
-            File(file, path) for file in sorted(path.rglob("*")) if file.is_file() and file_format(file) in FORMATS
+        saved = _saved_files(path)
+        inside = {file.path for file in saved} | {file.path.parent for file in saved if file.split is not None}
+        files = [
+            *saved,
+            *(
+                File(file, path)
+                for file in sorted(path.rglob("*"))
+                if file.is_file() and file_format(file) in FORMATS and file.parent not in inside and _shows(file, path)
+            ),
         ]
         if not files:
             found = sorted(file.name for file in path.iterdir())[:10]
@@ -208,14 +216,24 @@ def _find_files(path: Path) -> list[File]:
     return [found for match in matches for found in _find_files(match)]
 
 
+def _shows(file: Path, folder: Path) -> bool:
+    """Whether neither the file nor a folder on the way to it is hidden: those hold copies that editors keep."""
+    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def _saved_files(folder: Path) -> list[File]:
     """What `save_to_disk` wrote into a folder, or into folders below it."""
-    files = []
-    for state in sorted(folder.rglob(SAVED)):
-        saved = state.parent
-        # A `DatasetDict` has a folder for each split, whatever the names of its splits are.
-        of_dict = (saved.parent / "dataset_dict.json").is_file()
-        files.append(File(saved, folder if saved != folder else folder.parent, saved.name if of_dict else None))
+    files = [File(state.parent, folder) for state in sorted(folder.rglob(SAVED)) if _shows(state, folder)]
+    files = [File(file.path, folder.parent) if file.path == folder else file for file in files]
+    for index in sorted(folder.rglob(SAVED_SPLITS)):
+        # Each split has a folder, which is called as the split whatever that is.
+        with user_errors(KeyError):
+            splits = json.loads(index.read_text("utf-8"))["splits"]
+        missing = [name for name in splits if not (index.parent / name / SAVED).is_file()]
+        if missing:
+            raise UserError(f"{index.parent} is incomplete: its splits {missing} are not there")
+        splits = {index.parent / name: name for name in splits}
+        files = [File(file.path, file.root, splits.get(file.path)) for file in files]
     return files
 
 

@@ -35,7 +35,9 @@ def split_translations(
     """
     if table.num_rows == 0:
         raise UserError(f"{origin} is empty")
-    texts = [_translations(table[source].combine_chunks()) for source in sources.values()]
+    texts = [
+        _translations(table[source].combine_chunks(), f"{origin}: column {source!r}") for source in sources.values()
+    ]
     shared = [code for code in texts[0] if all(code in found for found in texts)]
     if not shared:
         raise UserError(
@@ -62,31 +64,31 @@ def split_translations(
     return pa.array(all_rows).take(order), columns
 
 
-def _translations(column: pa.StructArray) -> _Translations:
+def _translations(column: pa.StructArray, place: str) -> _Translations:
     fields = {field.name: field.type for field in column.type}
     if set(fields) == {"language", "translation"} and is_list(fields["language"]):
-        return _of_lists(column)
-    return {code: _of_field(column, code) for code in fields}
+        return _of_lists(column, place)
+    return {code: _of_field(column, code, place) for code in fields}
 
 
-def _of_field(column: pa.StructArray, code: str) -> tuple[np.ndarray, pa.Array]:
+def _of_field(column: pa.StructArray, code: str, place: str) -> tuple[np.ndarray, pa.Array]:
     values = pc.struct_field(column, code)
-    _check_text(values.type, code)
+    _check_text(values.type, code, place)
     return np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False)), values.drop_null()
 
 
-def _check_text(kind: pa.DataType, field: str) -> None:
+def _check_text(kind: pa.DataType, field: str, place: str) -> None:
     if not (is_text(kind) or pa.types.is_null(kind)):
-        raise UserError(f"a translation column holds {kind} in {field!r}, not text")
+        raise UserError(f"{place} holds {kind} in {field!r}, not text")
 
 
-def _of_lists(column: pa.StructArray) -> _Translations:
+def _of_lists(column: pa.StructArray, place: str) -> _Translations:
     codes = pc.struct_field(column, "language")
     rows = pc.list_parent_indices(codes).to_numpy(zero_copy_only=False)
     codes, texts = pc.list_flatten(codes), pc.list_flatten(pc.struct_field(column, "translation"))
-    _check_text(texts.type, "translation")
+    _check_text(texts.type, "translation", place)
     if len(codes) != len(texts):
-        raise UserError(f"a translation column has {len(codes)} languages for {len(texts)} translations")
+        raise UserError(f"{place} has {len(codes)} languages for {len(texts)} translations")
     result = {}
     for code in codes.unique().to_pylist():
         mask = pc.equal(codes, code)
