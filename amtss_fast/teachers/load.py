@@ -87,6 +87,8 @@ def load_teacher(
     if engine is not None and precision != "int8":
         raise UserError(f"engine={engine!r} is for precision 'int8', not {precision!r}")
     place = torch.device("cpu" if device is None else device)
+    if precision == "int8":
+        engine = int8.choose_engine(engine, place)
     name = Path(name_or_path).expanduser().resolve().name if name is None else name
     whose = f"teacher {name!r}"
     if task in ("sequence-classification", "token-classification"):
@@ -94,8 +96,7 @@ def load_teacher(
     kind = TASK_MODELS[task]
     # Shapes and names of all weights, from the files' headers.
     skeleton: PreTrainedModel = load_model(kind, name_or_path, whose=whose, dry=True)
-    if precision == "int8":
-        engine = int8.choose_engine(engine, place)
+    if engine is not None:
         share = int8.share_in_8_bits(skeleton, f"{whose} ({name_or_path})")
         model = load_model(kind, name_or_path, whose=whose, **int8.loading_options(engine, place, skeleton))
         int8.quantize_embedding(model)
