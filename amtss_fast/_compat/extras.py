@@ -9,7 +9,6 @@ _TRAIN = (
     "safetensors",
     "psutil",
     "yaml",
-    "omegaconf",
     "pydantic",
     "matplotlib",
     "jinja2",

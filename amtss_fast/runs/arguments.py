@@ -187,7 +187,7 @@ def _problem(name: str, value: Any) -> str | None:
         return None
     if math.isnan(value) or (math.isinf(value) and name not in _MAY_BE_INFINITE):
         return "must be a finite number"
-    if abs(value) >= 2**63 and math.isfinite(value):
+    if isinstance(value, int) and abs(value) >= 2**63:
         return "is too large"
     least, most = _RANGES.get(name, (-math.inf, math.inf))
     if not least <= value <= most:

@@ -46,8 +46,8 @@ def _differences(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[st
             yield from _differences(old.get(name, _NOTHING), new.get(name, _NOTHING), (*path, str(name)))
     elif isinstance(old, list) and isinstance(new, list):
         for place in range(max(len(old), len(new))):
-            pair = (values[place] if place < len(values) else _NOTHING for values in (old, new))
-            yield from _differences(*pair, (*path, str(place)))
+            there, here = (values[place] if place < len(values) else _NOTHING for values in (old, new))
+            yield from _differences(there, here, (*path, str(place)))
     # A number and a boolean may be equal.
     elif old != new or type(old) is not type(new):
         yield ".".join(path), old, new

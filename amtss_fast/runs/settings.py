@@ -14,6 +14,8 @@ from amtss_fast.runs.scalars import Written, core_value
 
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 _PLAIN = "plain"
+# YAML reads them as the end of a line.
+_BREAKS = "\r\x85\u2028\u2029"
 # Aliases of aliases make a huge mapping out of a small file.
 _MOST_VALUES, _DEEPEST = 100_000, 50
 
@@ -31,7 +33,7 @@ def read_settings(text: str, origin: str) -> dict[str, Any]:
     """
     root = _compose(text, origin)
     if not isinstance(root, yaml.MappingNode):
-        found = "nothing" if root is None else {"scalar": "a text", "sequence": "a list"}[root.id]
+        found = {yaml.ScalarNode: "a text", yaml.SequenceNode: "a list"}.get(type(root), "nothing")
         raise UserError(f"{origin} must hold a mapping of settings, found {found}")
     values = _Values(origin).of(root)
     assert isinstance(values, dict)
@@ -127,6 +129,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     quotes = None if isinstance(core_value(Written(text)), str) else "'"
+    if any(mark in text for mark in _BREAKS):
+        # Only there they are escaped.
+        quotes = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
 
 

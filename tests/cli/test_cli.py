@@ -316,7 +316,7 @@ before = set(sys.modules)
 import torch
 torch_needs = {name.partition(".")[0] for name in set(sys.modules) - before}
 import amtss_fast
-heavy = {"transformers", "datasets", "accelerate", "pyarrow", "matplotlib", "yaml", "omegaconf", "pydantic", "jinja2"}
+heavy = {"transformers", "datasets", "accelerate", "pyarrow", "matplotlib", "yaml", "pydantic", "jinja2"}
 heavy |= {"triton"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules} - torch_needs))
 import importlib.util
