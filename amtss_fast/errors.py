@@ -27,3 +27,7 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
         raise
     except kinds as error:
         raise UserError(str(error)) from error
+
+
+class NotFiniteError(UserError, RuntimeError):
+    """A number that has to be finite is NaN or infinite; the message says which."""

@@ -1,8 +1,9 @@
 """Runs: from a configuration to a folder with a trained student and its report.
 
 `config` is the configuration, `folder` the folder, `setup` what all trainings of a run share, `build` its models,
-teachers and trainers. `distil` and `new_language` are the recipes; `caching`, `checking` and `fitting` compute cached
-logits, compare precisions of teachers and fit a training into memory.
+teachers and trainers. `preflight` checks all of it before it starts, and `preview` says what it will do.
+`distil` and `new_language` are the recipes; `caching`, `checking` and `fitting` compute cached logits, compare
+precisions of teachers and fit a training into memory.
 """
 # The guard stands before the imports that it guards.
 # ruff: noqa: E402
@@ -17,6 +18,7 @@ from amtss_fast.runs.checking import check_teachers
 from amtss_fast.runs.config import RunConfig, load_config
 from amtss_fast.runs.distil import distil
 from amtss_fast.runs.new_language import add_language
+from amtss_fast.runs.preview import preview
 from amtss_fast.runs.setup import Setup, load_run_data, prepare
 
 __all__ = [
@@ -33,5 +35,6 @@ __all__ = [
     "make_trainer",
     "new_student",
     "prepare",
+    "preview",
     "train_teachers",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,22 @@ def make_trainer(
             data_collator=setup.collator(keep_text),
             processing_class=setup.tokenizer,
         )
+
+
+def make_trial(
+    setup: Setup,
+    model: PreTrainedModel,
+    data: DatasetDict,
+    teachers: Teachers | None,
+    arguments: AMTSSTrainingArguments,
+    languages: Sequence[str],
+) -> AMTSSTrainer:
+    """A trainer as :func:`make_trainer` makes it, that is not to be run: it leaves nothing on the disk."""
+    arguments = copy.copy(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        # The stock trainer makes its output folder.
+        arguments.output_dir = folder
+        return make_trainer(setup, model, data, teachers, arguments, languages)
 
 
 def train(setup: Setup, trainer: AMTSSTrainer, target: Path) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from datasets import DatasetDict
 from transformers.utils.logging import disable_progress_bar
@@ -18,10 +17,12 @@ from amtss_fast.runs.build import load_teachers, make_trainer, new_student, teac
 from amtss_fast.runs.caching import cached_teachers
 from amtss_fast.runs.config import RunConfig
 from amtss_fast.runs.fitting import fit_into_memory
+from amtss_fast.runs.folder import RunFolder
 from amtss_fast.runs.memory_plan import MemoryPlan
+from amtss_fast.runs.preflight import check_run
 from amtss_fast.runs.report import write_report
 from amtss_fast.runs.results import run_metrics
-from amtss_fast.runs.setup import Setup, prepare, student_arguments, teacher_arguments, training_arguments
+from amtss_fast.runs.setup import Setup, labels_only_options, prepare, student_arguments, training_arguments
 from amtss_fast.teachers import LiveTeachers, Teachers
 from amtss_fast.training.evaluation import BASELINE, STUDENT
 
@@ -43,13 +44,21 @@ def distil(config: RunConfig, *, overwrite: bool = False, resume: bool = False) 
         UserError: `resume` with another configuration; what is wrong with data, models, teachers or arguments.
     """
     started = time.time()
-    # What is wrong shows before anything is written.
-    for teacher in config.teachers:
-        teacher_arguments(config, teacher)
-    setup, processes = prepare(config, resume=resume), PartialState()
+    target = RunFolder(Path(config.output_dir))
+    target.check(overwrite=overwrite, resume=resume)
+    # A run that is overwritten stays until the new one is complete.
+    folder = target.working(overwrite=overwrite, resume=resume)
+    folder.check(config, overwrite=overwrite, resume=resume)
+    here = config.model_copy(update={"output_dir": str(folder.path)})
+    setup, processes = prepare(here, resume=resume), PartialState()
     teachers_in_turns(setup, len(config.teachers))
+    folder.check(overwrite=overwrite, resume=resume)
+    # Cached logits take the place of the teachers.
+    checked = check_run(setup, ask_teachers=config.teacher_cache is None)
     if processes.is_main_process:
-        setup.folder.open(config, overwrite=overwrite, resume=resume)
+        folder.open(config, overwrite=overwrite, resume=resume)
+        for note in checked.notes:
+            print(f"Note: {note}", flush=True)
     processes.wait_for_everyone()
     # Bars for what takes long: training, evaluation, tokenizing; none for reading and writing a checkpoint.
     disable_progress_bar()
@@ -59,7 +68,7 @@ def distil(config: RunConfig, *, overwrite: bool = False, resume: bool = False) 
     if config.memory is not None:
         setup, plan = fit_into_memory(setup, config.memory)
     # With a cache the student is trained before any teacher is loaded.
-    teachers = load_teachers(setup) if config.teacher_cache is None else None
+    teachers = checked.teachers or (load_teachers(setup) if config.teacher_cache is None else None)
     seconds["teachers"] = time.time() - started
 
     started_student = time.time()
@@ -70,8 +79,14 @@ def distil(config: RunConfig, *, overwrite: bool = False, resume: bool = False) 
         students[BASELINE] = _train_labels_only(setup)
         seconds["baseline"] = time.time() - started_baseline
     if processes.is_main_process:
-        _report(setup, students, teachers or load_teachers(setup), plan, seconds, started)
-    return setup.folder.path
+        metrics = _metrics(setup, students, teachers or load_teachers(setup), plan, seconds, started)
+        # As it was asked for, wherever it was made.
+        metrics["config"]["output_dir"] = config.output_dir
+        folder.write_metrics(metrics)
+        write_report(folder.path)
+        folder.take_place_of(target)
+    processes.wait_for_everyone()
+    return target.path
 
 
 def _train_student(setup: Setup, teachers: Teachers, plan: MemoryPlan | None) -> tuple[Any, MemoryPlan | None]:
@@ -100,31 +115,22 @@ def _train_labels_only(setup: Setup) -> Any:
         return setup.task.load_model(target)
     model = new_student(setup)
     data = setup.student_data()
-    student = student_arguments(setup.config)
-    per_step = student.train_batch_size * student.gradient_accumulation_steps * student.world_size
-    steps = int(np.ceil(len(data["train"]) / per_step) * student.num_train_epochs)
-    options = {**setup.config.training, "kd_weight": 0.0, "ce_weight": 1.0}
-    if options.get("language_sampling") == "adaptive":
-        # Without teachers there is no gap to weigh languages by.
-        options["language_sampling"] = "proportional"
-    options["max_steps"] = student.max_steps if student.max_steps > 0 else steps
+    options = labels_only_options(setup.config, len(data["train"]))
     labeled = DatasetDict({**data, "train": setup.task.labeled_rows(data["train"])})
     arguments = training_arguments(setup.config, target.name, options)
     train(setup, make_trainer(setup, model, labeled, None, arguments, setup.languages), target)
     return model
 
 
-def _report(
+def _metrics(
     setup: Setup,
     students: Mapping[str, Any],
     teachers: LiveTeachers,
     plan: MemoryPlan | None,
     seconds: Mapping[str, float],
     started: float,
-) -> None:
+) -> dict[str, Any]:
     sizes = {teacher.name: teacher.model.num_parameters() for teacher in teachers.teachers}
     metrics = run_metrics(setup, students, teachers, sizes, plan)
     times = {**seconds, "total": time.time() - started}
-    metrics["seconds"] = {name: round(value, 1) for name, value in times.items()}
-    setup.folder.write_metrics(metrics)
-    write_report(setup.folder.path)
+    return metrics | {"seconds": {name: round(value, 1) for name, value in times.items()}}

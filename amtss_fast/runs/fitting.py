@@ -14,7 +14,7 @@ from amtss_fast._compat.transformers import prepare_inputs
 from amtss_fast._system.memory import give_back, peak_of, used
 from amtss_fast.errors import UserError
 from amtss_fast.loss.head import default_chunk_rows
-from amtss_fast.runs.build import load_teachers, make_trainer, new_student
+from amtss_fast.runs.build import load_teachers, make_trial, new_student
 from amtss_fast.runs.caching import cached_teachers
 from amtss_fast.runs.config import MemoryConfig
 from amtss_fast.runs.memory_plan import AS_CONFIGURED, Loading, MemoryPlan, make_plan, parse_budget
@@ -65,7 +65,7 @@ def _make_plan(setup: Setup, memory: MemoryConfig) -> MemoryPlan:
         model = new_student(tried)
         if used(device) > budget:
             raise MemoryError
-        yield _prober(tried, model, teachers, chunk_rows)
+        yield step_prober(tried, model, teachers, chunk_rows)
         del model, teachers
         give_back()
 
@@ -113,11 +113,14 @@ def _chunk_rows(setup: Setup, budget: int) -> int | None:
     return None if most >= default else most
 
 
-def _prober(setup: Setup, model: Any, teachers: Any, chunk_rows: int | None) -> Callable[[int, bool, int], int]:
-    """The peak of a step on the longest rows, with the optimizer's state that it will have."""
+def step_prober(setup: Setup, model: Any, teachers: Any, chunk_rows: int | None) -> Callable[[int, bool, int], int]:
+    """A function that runs a step on the longest rows and gives the bytes at its peak, the optimizer's state included.
+
+    It takes the rows of a micro-batch, whether activations are computed again, and the micro-batches of a step.
+    """
     options = setup.config.training | {"chunk_rows": chunk_rows, "report_to": "none"}
     arguments = training_arguments(setup.config, "memory", options)
-    trainer = make_trainer(setup, model, setup.student_data(), teachers, arguments, setup.languages)
+    trainer = make_trial(setup, model, setup.student_data(), teachers, arguments, setup.languages)
     rows: Any = trainer.train_dataset
     lengths = np.array([len(ids) for ids in rows["input_ids"]])
     longest = np.argsort(-lengths, kind="stable")

@@ -14,13 +14,14 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from amtss_fast.data import keep_labels, split_data
+from amtss_fast.data import align_labels, keep_labels, split_data
 from amtss_fast.errors import UserError, user_errors
 from amtss_fast.loss import amtss_loss
-from amtss_fast.models import AMTSSForSequenceClassification, load_tokenizer
+from amtss_fast.models import AMTSSForSequenceClassification, check_code, load_tokenizer
 from amtss_fast.runs.build import load_teachers, taught_languages, train
 from amtss_fast.runs.config import RunConfig, load_config, parse_config
 from amtss_fast.runs.folder import RunFolder
+from amtss_fast.runs.preflight import try_training
 from amtss_fast.runs.report import write_report
 from amtss_fast.runs.results import machine, report_split
 from amtss_fast.runs.setup import Setup, load_run_data, student_arguments, training_arguments
@@ -79,10 +80,15 @@ def add_language(
     if not old.is_finished:
         raise FileNotFoundError(f"{run} holds no finished run: it needs config.yaml and student/")
     base = load_config(old.config)
+    check_code(code)
     student = AMTSSForSequenceClassification.from_pretrained(old.student)
     with user_errors():
         setup = _setup(base, old, student, code, overrides)
-        setup.folder.check(overwrite=overwrite)
+        target = setup.folder
+        target.check(overwrite=overwrite)
+        # A run that is overwritten stays until the new one is complete.
+        folder = target.working(overwrite=overwrite, resume=False)
+        setup = replace(setup, config=setup.config.model_copy(update={"output_dir": str(folder.path)}))
         setup = _with_rows(setup, rows)
         source = _source(setup, student, like, code)
         if own_classifier:
@@ -105,24 +111,27 @@ def add_language(
     else:
         student.freeze_all_but(code)
     kept = _kept_configuration(base, setup.config, old, code)
-    setup.folder.open(kept, overwrite=overwrite)
+    kept = kept.model_copy(update={"output_dir": str(target.path)})
+    arguments = training_arguments(setup.config, STUDENT, options)
+    try_training(setup, copy.deepcopy(student), teachers, arguments, setup.languages)
+    folder.open(kept, overwrite=overwrite)
     set_seed(setup.config.seed)
     trainer = AMTSSTrainer(
         student,
-        training_arguments(setup.config, STUDENT, options),
+        arguments,
         teachers=teachers,
         train_dataset=encoded["train"],
         eval_dataset=encoded.get("validation"),
         data_collator=setup.collator(keep_text),
         processing_class=setup.tokenizer,
     )
-    train(setup, trainer, setup.folder.student)
+    train(setup, trainer, folder.student)
     if not trainer.is_world_process_zero():
-        return setup.folder.path
+        return target.path
     student.requires_grad_(True)
 
     results = _before_and_after(setup, known, code, {STUDENT: student, f"before {code}": before}, teachers)
-    setup.folder.write_log(trainer.state.log_history)
+    folder.write_log(trainer.state.log_history)
     metrics = {
         "task": f"{base.task}, {code} added",
         "languages": setup.languages,
@@ -132,9 +141,10 @@ def add_language(
         "test": results,
         "config": kept.model_dump(),
     }
-    setup.folder.write_metrics(metrics)
-    write_report(setup.folder.path)
-    return setup.folder.path
+    folder.write_metrics(metrics)
+    write_report(folder.path)
+    folder.take_place_of(target)
+    return target.path
 
 
 def _setup(
@@ -152,11 +162,11 @@ def _setup(
         else:
             others.append(override)
     values["data"]["languages"] = [code]
+    # The new texts may lack a class, or have names in another order.
+    values["data"]["label_names"] = values["data"]["label_names"] or list(label_names)
     config = parse_config(values, others, f"the configuration of {old.path} for {code}")
-    data, task = load_run_data(config), find_task(config.task)
-    names = task.label_names(data["train"].features)
-    if names != label_names:
-        raise UserError(f"the labels of the new texts must be the student's {list(label_names)}, got {names}")
+    task = find_task(config.task)
+    data = align_labels(load_run_data(config), label_names)
     return Setup(
         config=config,
         task=task,
@@ -173,7 +183,7 @@ def _with_rows(setup: Setup, rows: int | None) -> Setup:
     """With a split to test on, and at most so many training rows, labels hidden as configured."""
     data, config = DatasetDict(setup.data), setup.config
     labeled = [i for i, label in enumerate(data["train"]["label"]) if label >= 0]
-    if report_split(data) is None and len(labeled) >= 5:
+    if report_split(setup.task, data) is None and len(labeled) >= 5:
         parts = split_data(data["train"].select(labeled), validation=0, test=0.2, seed=config.seed)
         unlabeled = data["train"].filter(lambda label: label < 0, input_columns="label")
         data = DatasetDict(train=concatenate_datasets([parts["train"], unlabeled]), test=parts["test"])
@@ -259,15 +269,15 @@ def _training_options(
 def _before_and_after(
     setup: Setup, known: DatasetDict, code: str, students: dict[str, Any], teachers: LiveTeachers | None
 ) -> dict[str, Any]:
-    """Scores on the test rows of all languages, and of the teachers on those of the new one."""
+    """Scores on the test rows of all languages, and the teachers' on those of the new one; empty without test rows."""
     keep_text = teachers is not None and teachers.needs_text
     tests = {}
     for name, source in (("new", setup.data), ("old", known)):
-        split = report_split(source)
+        split = report_split(setup.task, source)
         if split is not None:
             tests[name] = setup.encode(source[split], keep_text=keep_text)
     if not tests:
-        raise UserError("neither the new texts nor the run's have a test or validation split to report on")
+        return {}
     features = next(iter(tests.values())).features
     rows = concatenate_datasets([part.cast(features) for part in tests.values()])
     collator = setup.collator(keep_text)
@@ -291,5 +301,5 @@ def _kept_configuration(base: RunConfig, config: RunConfig, old: RunFolder, code
         values["data"]["languages"] = [*values["data"]["languages"], code]
     for teacher in values["teachers"]:
         if teacher["path"] is None:
-            teacher |= {"path": str(old.teacher(teacher["name"])), "model": None}
+            teacher |= {"path": str(old.teacher(teacher["name"])), "model": None, "training": {}}
     return RunConfig.model_validate(values)

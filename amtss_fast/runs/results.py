@@ -11,33 +11,37 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
-from amtss_fast.errors import UserError
+from amtss_fast.data import label_counts, language_counts
 from amtss_fast.runs.memory_plan import MemoryPlan
 from amtss_fast.runs.setup import Setup
 from amtss_fast.teachers import Teachers
-from amtss_fast.training import evaluate
+from amtss_fast.training import Task, evaluate
 
 
-def report_split(data: DatasetDict) -> str | None:
-    """The split to report on: the test split, else the validation split."""
-    return next((split for split in ("test", "validation") if split in data), None)
+def report_split(task: Task, data: DatasetDict) -> str | None:
+    """The split to report on: the test split, else the validation split; None where neither has a label."""
+    labeled = (
+        split for split in ("test", "validation") if split in data and any(scored_rows(task, data[split]).values())
+    )
+    return next(labeled, None)
+
+
+def scored_rows(task: Task, rows: Dataset) -> dict[str, int]:
+    """The rows of each language that a task can score."""
+    return label_counts(rows) if task.has_labels else language_counts(rows)
 
 
 def run_metrics(
     setup: Setup, students: Mapping[str, Any], teachers: Teachers, sizes: Mapping[str, int], plan: MemoryPlan | None
 ) -> dict[str, Any]:
-    """What `metrics.json` holds of a run, but for its times.
-
-    Raises:
-        UserError: the data has no split to evaluate on.
-    """
-    split = report_split(setup.data)
-    if split is None:
-        raise UserError(f"nothing to evaluate on: the data has the splits {list(setup.data)}, no test or validation")
-    rows = setup.encode(setup.data[split], keep_text=teachers.needs_text)
-    collator = setup.collator(teachers.needs_text)
+    """What `metrics.json` holds of a run, but for its times; without a split to score `split` is None, `test` empty."""
+    split, scores = report_split(setup.task, setup.data), {}
+    if split is not None:
+        rows = setup.encode(setup.data[split], keep_text=teachers.needs_text)
+        collator = setup.collator(teachers.needs_text)
+        scores = evaluate(setup.task, rows, collator, students, setup.languages, teachers)
     taught = teachers.teaches.tolist()
     return {
         "task": setup.config.title or setup.config.task,
@@ -47,7 +51,7 @@ def run_metrics(
         "versions": {name: version(name) for name in ("amtss-fast", "torch", "transformers", "datasets", "accelerate")},
         "machine": f"{machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
         "split": split,
-        "test": evaluate(setup.task, rows, collator, students, setup.languages, teachers),
+        "test": scores,
         "teacher_languages": {
             name: [code for code, teaches in zip(setup.languages, row, strict=True) if teaches]
             for name, row in zip(teachers.names, taught, strict=True)

@@ -78,6 +78,11 @@ class AMTSSTrainingArguments(LossArguments, TrainingArguments):
             raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {self.chunk_rows}")
+        if self.batch_eval_metrics or not self.eval_do_concat_batches:
+            raise ValueError(
+                "metrics are of all evaluated rows together: batch_eval_metrics must be False and "
+                f"eval_do_concat_batches True, got {self.batch_eval_metrics} and {self.eval_do_concat_batches}"
+            )
         # Made once to check them.
         self.loss_options()
         check_adaptive_options(self.importance_temperature, self.gap_temperature)

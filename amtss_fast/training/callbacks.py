@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from amtss_fast._compat.transformers import ExportableState
+from amtss_fast.errors import UserError
 
 if TYPE_CHECKING:
     from amtss_fast.training.trainer import AMTSSTrainer
@@ -33,7 +34,16 @@ class KeepsStrategy(TrainerCallback, ExportableState):
         adaptive, sampler = self._trainer.adaptive, self._trainer.language_sampler
         if state.global_step > 0:
             callbacks: Any = state.stateful_callbacks
-            saved = callbacks[type(self).__name__]["attributes"]
+            saved = callbacks.get(type(self).__name__, {}).get("attributes", {})
+            for part, state_of_it, arguments in (
+                ("adaptive", adaptive, "importance_temperature and gap_temperature"),
+                ("sampler", sampler, "language_sampling"),
+            ):
+                if state_of_it is not None and part not in saved:
+                    raise UserError(
+                        f"the checkpoint at step {state.global_step} was saved without {arguments} (the adaptive "
+                        "strategy and the sampler start with the training): resume with the arguments of its training"
+                    )
             if adaptive is not None:
                 # A JSON number holds every float32 and float64 exactly.
                 adaptive.load_state_dict(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from amtss_fast.errors import NotFiniteError
 from amtss_fast.teachers import Teachers
 from amtss_fast.training.metrics import by_language, score_metrics
 from amtss_fast.training.tasks import Task
@@ -40,6 +41,9 @@ def evaluate(
         languages: what `language_ids` of the rows number.
         teachers: those to score as well.
         batch_size: rows of a forward pass.
+
+    Raises:
+        NotFiniteError: a model gave NaN or an infinity; the message names it.
     """
     # Long texts first, so that a batch pads little and memory reaches its peak at once.
     lengths = np.array([len(ids) for ids in rows["input_ids"]])
@@ -56,6 +60,10 @@ def evaluate(
         if teachers is not None:
             for name, values in zip(teachers.names, task.teacher_scores(teachers, batch), strict=True):
                 scores[f"{TEACHER}{name}"].append(values.cpu().numpy())
+    for name, parts in scores.items():
+        lost = sum(int((~np.isfinite(part).all(1)).sum()) for part in parts)
+        if lost:
+            raise NotFiniteError(f"{name} gave outputs that are not finite in {lost} of {len(rows)} rows")
     ids = np.array(rows["language_ids"])
     return {
         name: by_language(score_metrics(np.concatenate(values), ids, languages), languages)

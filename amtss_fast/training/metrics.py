@@ -43,6 +43,11 @@ def classification_metrics(
     return metrics
 
 
+def metric_names(languages: Sequence[str]) -> list[str]:
+    """The names of the metrics of an evaluation on labeled rows in these languages, the trainer's `loss` included."""
+    return list(score_metrics(np.ones((len(languages), 3)), np.arange(len(languages)), languages))
+
+
 def score_metrics(scores: np.ndarray, language_ids: np.ndarray, languages: Sequence[str]) -> dict[str, float]:
     """The metrics of :func:`language_metrics`, and `loss`, from sums over each of N sequences.
 

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from amtss_fast.data import LanguageSampler
+from amtss_fast.errors import NotFiniteError
 from amtss_fast.loss import AdaptiveStrategy, amtss_loss
 from amtss_fast.loss.options import IGNORE_INDEX
 from amtss_fast.models import AMTSSConfig
-from amtss_fast.teachers import Teachers
+from amtss_fast.teachers import LiveTeachers, Teachers
 from amtss_fast.training.arguments import AMTSSTrainingArguments
 from amtss_fast.training.callbacks import KeepsStrategy, SetsEpoch, ShortPrinter, ShortProgress
+from amtss_fast.training.finite import StopsWhenNotFinite
 from amtss_fast.training.meter import Meter
+from amtss_fast.training.notices import Notices
 from amtss_fast.training.tasks import Objective, Task, find_task
 
 
@@ -50,7 +53,11 @@ class AMTSSTrainer(Trainer):
             `label_ids = (labels, language_ids)`, for tokens the scores of each sequence and `label_ids = language_ids`.
 
     Raises:
-        ValueError: teachers and `kd_weight` that do not fit, languages or labels that differ from the student's.
+        ValueError: teachers and `kd_weight` that do not fit, languages or labels that differ from the student's, or
+            arguments that the parts of this trainer do not support.
+
+    A training stops with :class:`amtss_fast.errors.NotFiniteError` where a loss, a gradient, a weight or a figure of an
+    evaluation is NaN or infinite.
     """
 
     args: AMTSSTrainingArguments
@@ -89,10 +96,13 @@ class AMTSSTrainer(Trainer):
                 self.add_callback(short)
         if hasattr(self.data_collator, "epoch"):
             self.add_callback(SetsEpoch(self.data_collator))
+        self._finite = StopsWhenNotFinite(self)
+        self.add_callback(self._finite)
         self.teachers = teachers
         self.language_sampler: LanguageSampler | None = None
         self.adaptive = _adaptive_strategy(args, teachers)
         self._meter = None if teachers is None else Meter(teachers.names, teachers.languages)
+        self._notices = Notices([] if teachers is None else teachers.names, self.languages)
         if self.adaptive is not None or args.language_sampling is not None:
             if args.restore_callback_states_from_checkpoint:
                 raise ValueError(
@@ -131,16 +141,20 @@ class AMTSSTrainer(Trainer):
         if num_items_in_batch is not None:
             # All rows of a step may be ignored.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        step = self.objective.step(
-            model,
-            inputs,
-            self.teachers,
-            self._weigh,
-            num_items=num_items_in_batch,
-            chunk_rows=self.args.chunk_rows,
-            backend=self.args.loss_backend,
-            **self.args.loss_options().keywords(),
-        )
+        try:
+            step = self.objective.step(
+                model,
+                inputs,
+                self.teachers,
+                self._weigh,
+                num_items=num_items_in_batch,
+                chunk_rows=self.args.chunk_rows,
+                backend=self.args.loss_backend,
+                **self.args.loss_options().keywords(),
+            )
+        except NotFiniteError as error:
+            self._finite.stop_of_teacher(error)
+        self._finite.check_loss(step.loss, step.rows.student, model)
         labels, language_ids = step.rows.labels, step.rows.language_ids
         if self._meter is not None and step.stats is not None:
             self._meter.update(step.stats, language_ids, labels != IGNORE_INDEX)
@@ -163,6 +177,11 @@ class AMTSSTrainer(Trainer):
                 weight = self.adaptive.sample_weight(language_ids)
         return prior, weight
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        self._finite.check_gradient(norm)
+        return norm
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
@@ -183,10 +202,16 @@ class AMTSSTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The stock log; training logs get the teachers' weights and margins since the last one."""
+        """The stock log; training logs get the teachers' weights and margins since the last one.
+
+        Raises:
+            NotFiniteError: a figure is not finite.
+        """
         if self.teachers is not None and self._meter is not None and "loss" in logs:
             logs.update(self._meter.read(self.accelerator))
+            self._notices.read(logs, self.state.global_step)
             logs.update(self._strategy_logs(self.teachers))
+        self._finite.check_logs(logs)
         super().log(logs, start_time)
 
     def _strategy_logs(self, teachers: Teachers) -> dict[str, float]:
@@ -266,6 +291,11 @@ def _check_teachers(
         raise ValueError(f"the adaptive strategy is for sequence-classification, args.task is {args.task!r}")
     if teachers is None:
         return
+    if args.remove_unused_columns and (teachers.needs_text or not isinstance(teachers, LiveTeachers)):
+        raise ValueError(
+            "remove_unused_columns=True drops the columns that the teachers read (texts, or the numbers of cached "
+            "rows): leave it False"
+        )
     if teachers.languages != languages:
         raise ValueError(f"teachers are for languages {teachers.languages}, the student has {languages}")
     if teachers.task != task.name:

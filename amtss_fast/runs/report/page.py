@@ -13,6 +13,7 @@ from amtss_fast.runs.report.read import RunRecord
 from amtss_fast.runs.report.student_pictures import draw_accuracy, draw_training
 from amtss_fast.runs.report.svg import RC
 from amtss_fast.runs.report.table import (
+    NOTHING_SCORED,
     Cell,
     accuracy,
     accuracy_table,
@@ -46,8 +47,9 @@ def render_page(record: RunRecord) -> str:
     """The page as HTML; it needs no other file: no script, font or picture from elsewhere."""
     metrics = record.metrics
     with mpl.rc_context(RC):
-        first = draw_accuracy(record)
-        others = [draw(record) for draw in (draw_training, draw_teachers, draw_adaptive)]
+        draws = (draw_training, draw_teachers, draw_adaptive)
+        first = draw_accuracy(record) if metrics["test"] else None
+        others = [draw(record) for draw in draws]
     machine = {"machine": metrics["machine"]} if metrics.get("machine") else {}
     return _TEMPLATES.get_template("page.html.j2").render(
         title=metrics.get("task", record.path.resolve().name),
@@ -55,7 +57,8 @@ def render_page(record: RunRecord) -> str:
         tiles=_tiles(metrics),
         first_picture=first,
         pictures=[picture for picture in others if picture is not None],
-        table=accuracy_table(metrics),
+        table=accuracy_table(metrics) if metrics["test"] else None,
+        nothing_scored=NOTHING_SCORED,
         table_note=_table_note(metrics),
         seconds={name: format_duration(value) for name, value in metrics.get("seconds", {}).items()},
         teachers={short_name(name): ", ".join(codes) for name, codes in metrics.get("teacher_languages", {}).items()},
@@ -75,6 +78,8 @@ def _tiles(metrics: Mapping[str, Any]) -> list[Tile]:
 
 
 def _student_tiles(metrics: Mapping[str, Any]) -> list[Tile]:
+    if not metrics["test"]:
+        return []
     languages = metrics["languages"]
     means = {
         name: mean(accuracy(metrics, name, code) for code in languages)
@@ -114,7 +119,7 @@ def _time_tiles(seconds: Mapping[str, float]) -> list[Tile]:
 
 
 def _table_note(metrics: Mapping[str, Any]) -> str:
-    note = "Accuracy on the test split in per cent"
+    note = f"Accuracy on the {metrics.get('split') or 'test'} split in per cent"
     note += ", the best of each language in bold." if len(metrics["test"]) > 1 else "."
     if BASELINE in metrics["test"]:
         note += " Gain is student minus labels only, in points."

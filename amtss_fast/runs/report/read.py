@@ -80,7 +80,8 @@ def check_metrics(metrics: Any) -> None:
     languages, test = metrics["languages"], metrics["test"]
     if not isinstance(languages, list) or not all(isinstance(code, str) for code in languages):
         raise UserError(f"'languages' is a list of strings, not {languages!r}")
-    if not isinstance(test, Mapping) or STUDENT not in test:
+    # Empty: nothing was scored.
+    if not isinstance(test, Mapping) or (test and STUDENT not in test):
         raise UserError(f"'test' needs the results of {STUDENT!r}; it has {list(test)}")
     for system, result in test.items():
         _check_result(system, result, languages)

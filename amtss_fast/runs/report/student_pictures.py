@@ -62,7 +62,7 @@ def draw_accuracy(record: RunRecord) -> Picture:
     axis.tick_params(axis="y", length=0)
     low, high = _range(values)
     axis.set_xlim(low, high)
-    axis.set_xlabel("accuracy on the test split, %")
+    axis.set_xlabel(f"accuracy on the {metrics.get('split') or 'test'} split, %")
     titles = {name: short_name(name) for name in tested_systems(metrics)}
     figure.legend(
         [handles[name] for name in titles],

@@ -9,6 +9,8 @@ from typing import Any
 from amtss_fast.runs.report.read import check_metrics
 from amtss_fast.training.evaluation import BASELINE, STUDENT, TEACHER
 
+NOTHING_SCORED = "Nothing was scored: the data has no test or validation split with labels."
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -42,6 +44,8 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         UserError: no metrics of a run.
     """
     check_metrics(metrics)
+    if not metrics["test"]:
+        return NOTHING_SCORED
     table = accuracy_table(metrics)
     lines = [table.header, *([str(cell) for cell in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -21,6 +21,7 @@ from amtss_fast.data.targets import Targets, token_targets
 from amtss_fast.errors import UserError
 from amtss_fast.loss import QuantizedWeight, linear_amtss_loss
 from amtss_fast.loss.options import IGNORE_INDEX
+from amtss_fast.models.checkpoints import load_model
 from amtss_fast.models.heads import OutputHead
 from amtss_fast.teachers import TASK_MODELS, Teacher, Teachers, TokenTeachers
 from amtss_fast.teachers.contract import dense
@@ -145,12 +146,7 @@ class _TokenTask(Task):
         return scores
 
     def load_model(self, folder: str | Path) -> PreTrainedModel:
-        model: PreTrainedModel
-        model, info = TASK_MODELS[self.name].from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise UserError(f"{folder} lacks weights of a {type(model).__name__}: {sorted(info['missing_keys'])}")
+        model: PreTrainedModel = load_model(TASK_MODELS[self.name], folder, whose="student", dtype=torch.float32)
         return model
 
 
@@ -184,9 +180,7 @@ class TokenClassification(_TokenTask):
         model: PreTrainedModel
         if isinstance(encoder, str):
             # A pretrained encoder gets a new classifier.
-            model = kind.from_pretrained(
-                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **labels
-            )
+            model = load_model(kind, encoder, whose="encoder", new_head=True, dtype=torch.float32, **labels)
             return model
         for name, value in labels.items():
             setattr(encoder, name, value)
