@@ -18,6 +18,7 @@ from amtss_fast.data.label_values import (
     check_names_found,
     different_keys,
     is_id,
+    is_number,
     label_key,
     label_text,
 )
@@ -171,7 +172,8 @@ def _of_texts(
     labels = [text for text in found if label_key(text) in places or label_key(text) != UNLABELED]
     if not labels and not places:
         raise UserError("no row has a label; give label_names")
-    by_id = all(map(is_id, labels))
+    # Words for a missing number mean that only beside numbers.
+    by_id = all(map(is_id, labels)) and any(map(is_number, labels))
     if places and all(label_key(text) in places for text in labels):
         _check_one_meaning(labels, columns, places)
     elif by_id:

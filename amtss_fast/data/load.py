@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,6 +106,10 @@ def load_data(
     chosen = Columns(text, text_pair, label, language, language_default, tuple(keep))
     parts = read_parts(name_or_path, split_column=split_column, languages=languages, config=config, hub=hub)
     parts = _choose_splits(parts, splits, name_or_path)
+    for split in parts:
+        # `datasets` allows no others.
+        if not re.fullmatch(r"\w+(\.\w+)*", split):
+            raise UserError(f"{name_or_path}: a split cannot be called {split!r}; letters, digits, _ and . are allowed")
     own_names = own_label_names(parts, label)
     tables = {split: standard_table(parts[split], chosen) for split in parts}
     if languages is not None:

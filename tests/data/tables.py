@@ -28,9 +28,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".tsv":
+        # Quotes are characters like others, and no value has a tab or a line end.
+        lines = [[*rows[0]], *([str("" if v is None else v) for v in row.values()] for row in rows)]
+        path.write_text("".join("\t".join(line) + "\n" for line in lines), "utf-8", newline="")
     else:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     return path

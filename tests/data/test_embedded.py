@@ -67,6 +67,7 @@ class TestEmbedded:
             "README.md",
             "cldr_pairs.parquet",
             "cldr_topic.parquet",
+            "languages.txt",
         ]
         assert "UNICODE LICENSE V3" in (folder / "LICENSE-UNICODE.txt").read_text("utf-8")
         assert "Permission is hereby granted" in (folder / "LICENSE-EMOJIBASE.txt").read_text("utf-8")

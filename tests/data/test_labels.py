@@ -71,7 +71,7 @@ class TestLabels:
             self.load(tmp_path, [1, 2, 5], suffix)
 
     def test_wrong_kinds(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"not ids or names: \[0\.5\]"):
+        with pytest.raises(UserError, match=r"not ids or names: \['0\.5'\]"):
             self.load(tmp_path, [0.5, 1.0])
         with pytest.raises(UserError, match="either both hold lists"):
             self.load(tmp_path, [[1], [2]])
