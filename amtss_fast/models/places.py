@@ -10,9 +10,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from amtss_fast._compat.transformers import may_be_hub_id
 from amtss_fast.errors import UserError
@@ -105,8 +107,22 @@ def read_model_config(name_or_path: str | Path, *, whose: str) -> PretrainedConf
         FileNotFoundError, UserError: as :func:`loading`.
     """
     with loading(whose, name_or_path) as place:
+        if Path(place).is_dir() and not (Path(place) / CONFIG_NAME).is_file():
+            raise UserError(f"the folder holds no {CONFIG_NAME}")
+        values, _ = PretrainedConfig.get_config_dict(place)
+        _check_labels(values.get("id2label"))
         config: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
     return config
+
+
+def _check_labels(id2label: Any) -> None:
+    """Refuses names of labels that are not told by ids; libraries say no more than that something is no number."""
+    if id2label is None:
+        return
+    if not isinstance(id2label, dict) or not all(
+        str(index).removeprefix("-").isdecimal() and isinstance(name, str) for index, name in id2label.items()
+    ):
+        raise UserError(f"id2label must map ids, 0 to C - 1, to names, got {id2label}")
 
 
 def check_index(place: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +60,8 @@ def sees_later_tokens(model: PreTrainedModel, *, seed: int = 0) -> bool:
     """Whether a token's output depends on the tokens after it; of a causal language model it must not.
 
     Args:
-        model: a language model or an encoder. Two rows of 8 random tokens, of which the last 4 differ, go through it one
-            after the other, so that the arithmetic of the first 4 is the same.
+        model: a language model or an encoder. Two rows of 8 random tokens, of which the last 4 differ, go through it
+            one after the other, so that the arithmetic of the first 4 is the same.
         seed: of the tokens.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]

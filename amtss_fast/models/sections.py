@@ -59,7 +59,7 @@ def section_config(section: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise UserError("model_type is missing, such as 'bert'")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UserError(f"model_type {model_type!r} is unknown{_nearest(str(model_type), list(CONFIG_MAPPING))}")
     config_class = CONFIG_MAPPING[model_type]
     _check_keys(config_class, values)
@@ -102,8 +102,12 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def check_reads_tokens(config: PretrainedConfig) -> None:
+def check_reads_tokens(config: PretrainedConfig, *, alone: bool = False) -> None:
     """Refuses a model that does not read token ids, such as one of images.
+
+    Args:
+        config: the model's.
+        alone: also refuses one that needs token ids for a decoder.
 
     Raises:
         UserError: naming the model type.
@@ -117,3 +121,5 @@ def check_reads_tokens(config: PretrainedConfig) -> None:
             raise UserError(
                 f"a model of type {config.model_type!r} reads no texts, it reads {next(iter(list(inputs)[1:]))}"
             )
+        if alone and "decoder_input_ids" in inputs:
+            raise UserError(f"an encoder is needed, a model of type {config.model_type!r} is an encoder-decoder")

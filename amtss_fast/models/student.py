@@ -149,8 +149,8 @@ class AMTSSForSequenceClassification(PreTrainedModel):
         if (id2label is None) == (num_labels is None):
             raise UserError(f"give exactly one of id2label and num_labels, got {id2label!r} and {num_labels!r}")
         text_config = encoder_config(encoder)
-        check_reads_tokens(text_config)
         # All arguments are checked here, before a checkpoint is read.
+        check_reads_tokens(text_config)
         config = AMTSSConfig(
             text_config,
             languages,
@@ -160,6 +160,7 @@ class AMTSSForSequenceClassification(PreTrainedModel):
             classifier_dropout=classifier_dropout,
             **({"num_labels": num_labels} if id2label is None else label_arguments(id2label)),
         )
+        check_reads_tokens(text_config, alone=True)
         student = cls(config, make_encoder(encoder, config.text_config))
         nn.Module.to(student, dtype)
         config.dtype = config.text_config.dtype = dtype

@@ -18,18 +18,29 @@ from amtss_fast.teachers.teacher import Teacher
 _SHORT, _LONG = 1, 6
 
 
-def check_head(config: PretrainedConfig, name: str, label_names: Sequence[str] | None) -> None:
+_CLASSES = {
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+}
+
+
+def check_head(config: PretrainedConfig, name: str, task: str, label_names: Sequence[str] | None) -> None:
     """Refuses a classifier whose outputs are no softmax, or whose configuration does not say what they are.
 
     Args:
         config: the teacher's.
         name: the teacher's, for messages.
+        task: one of the two of classifiers. Their heads may have the same weights, and one would pass for the other.
         label_names: given in place of the configuration's names; then the ids of those do not matter.
 
     Raises:
         UserError: naming the teacher and what its configuration says.
     """
     whose = f"teacher {name!r} ({config.name_or_path})"
+    made = tuple(config.architectures or ())
+    others = tuple(suffix for of, suffix in _CLASSES.items() if of != task)
+    if any(kind.endswith(others) for kind in made) and not any(kind.endswith(_CLASSES[task]) for kind in made):
+        raise UserError(f"{whose} is a {', '.join(made)}, which is no model for task {task!r}")
     if isinstance(config, AMTSSConfig):
         return
     if config.problem_type not in (None, "single_label_classification"):

@@ -92,7 +92,7 @@ def load_teacher(
     name = Path(name_or_path).expanduser().resolve().name if name is None else name
     whose = f"teacher {name!r}"
     if task in ("sequence-classification", "token-classification"):
-        check_head(read_model_config(name_or_path, whose=whose), name, label_names)
+        check_head(read_model_config(name_or_path, whose=whose), name, task, label_names)
     kind = TASK_MODELS[task]
     # Shapes and names of all weights, from the files' headers.
     skeleton: PreTrainedModel = load_model(kind, name_or_path, whose=whose, dry=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TEXTS, tiny_bert_config, tiny_tokenizer
 from tiny_students import IDS, logits_of, make_batch, make_student
-from transformers import BertForSequenceClassification, BertModel, LlamaConfig, ViTConfig
+from transformers import BertForSequenceClassification, BertModel, LlamaConfig, T5Config, ViTConfig
 
 from amtss_fast import AMTSSForSequenceClassification
 from amtss_fast.errors import UserError
@@ -29,7 +29,7 @@ def read(**values: Any) -> Any:
     [
         ({"model_type": None}, "model_type is missing"),
         ({"model_type": "brt"}, "model_type 'brt' is unknown; did you mean 'b"),
-        ({"model_type": 3}, "model_type 3 is unknown"),
+        ({"model_type": ["bert"]}, r"model_type \['bert'\] is unknown"),
         ({"hiden_size": 16}, "'bert' has no setting 'hiden_size', got 16; did you mean 'hidden_size'"),
         ({"n_layers": 16}, "'bert' has no setting 'n_layers'"),
         ({"to_dict": 1}, "no setting 'to_dict'"),
@@ -65,6 +65,8 @@ def test_checkpoints_that_make_no_student(tmp_path: Path) -> None:
     ViTConfig(hidden_size=16).save_pretrained(tmp_path / "vit")
     with pytest.raises(UserError, match="type 'vit' reads no texts"):
         make_student(tmp_path / "vit")
+    with pytest.raises(UserError, match="type 't5' is an encoder-decoder"):
+        make_student(T5Config(hidden_size=16, is_encoder_decoder=False))
     with pytest.raises(FileNotFoundError, match=r"encoder: there is no folder .*none"):
         make_student(tmp_path / "none")
     BertModel(tiny_bert_config(num_hidden_layers=2)).save_pretrained(tmp_path / "bert")

@@ -51,7 +51,9 @@ def named(names: dict[str, str]) -> dict[str, Any]:
         (named({str(i): f"l{i}" for i in range(5)}), r"id2label names 5 outputs, .* is \[3\], not \[5\]"),
         (named({"0": "a", "1": "A ", "2": "c"}), "id2label must have different names"),
         (named({"0": "a"}), "has 1 output"),
-        ({"id2label": {"a": 0, "b": 1, "c": 2}, "label2id": None}, "teacher 'vera'"),
+        ({"id2label": {"a": 0, "b": 1, "c": 2}, "label2id": None}, "id2label must map ids"),
+        ({"id2label": ["a", "b", "c"]}, "id2label must map ids"),
+        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification, which is no model for task"),
         ({**named({"0": "a", "1": "b", "2": "c"}), "label2id": {"a": 2, "b": 1, "c": 0}}, "contradict"),
         ({"problem_type": "multi_label_classification"}, "problem_type 'multi_label_classification'"),
         ({"problem_type": "regression"}, "problem_type 'regression'"),
@@ -95,11 +97,15 @@ def test_more_token_ids_than_embeddings(tmp_path: Path) -> None:
         TeacherPool([Teacher(model, name="vera")], label_names=LABELS, languages=["en"], tokenizer=larger)
 
 
-@pytest.mark.parametrize("damage", ["weights", "lying", "config", "tokenizer", "outside", "absolute", "shard", "bin"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "weights", "lying", "config", "tokenizer", "outside", "absolute", "shard", "bin"]
+)
 def test_damaged_files(tmp_path: Path, damage: str) -> None:
     folder, other = tiny_teacher(tmp_path / "t"), tiny_teacher(tmp_path / "other")
     weights = folder / "model.safetensors"
-    if damage == "weights":
+    if damage == "empty":
+        (folder / "config.json").unlink()
+    elif damage == "weights":
         weights.write_bytes(weights.read_bytes()[:500])
     elif damage == "lying":
         weights.write_bytes((10**12).to_bytes(8, "little") + weights.read_bytes()[8:])

@@ -175,7 +175,8 @@ class TokenClassification(_TokenTask):
     def new_model(
         self, encoder: str | PretrainedConfig, *, languages: Sequence[str], label_names: Sequence[str], **options: Any
     ) -> PreTrainedModel:
-        labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+        ids = {name: index for index, name in enumerate(label_names)}
+        labels: dict[str, Any] = {"id2label": dict(enumerate(label_names)), "label2id": ids}
         kind = TASK_MODELS[self.name]
         model: PreTrainedModel
         if isinstance(encoder, str):
