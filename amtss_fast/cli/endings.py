@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -63,15 +64,17 @@ def interrupted(stop: KeyboardInterrupt, command: str, advice: str) -> int:
 
 
 def hang_up() -> int | None:
-    """The exit status if the reader of the output has gone; None if all output can be written."""
+    """The exit status if the reader of the output has gone; None if there still is one."""
     status = None
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            # What is left would fail once more when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            status = 128 + signal.SIGPIPE
+        with contextlib.suppress(OSError, ValueError):
+            place = stream.fileno()
+            poll = select.poll()
+            poll.register(place, select.POLLOUT)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                # What is left would fail once more when Python ends.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+                status = 128 + signal.SIGPIPE
     return status
 
 

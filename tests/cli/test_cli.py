@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +156,7 @@ def test_a_run_is_not_overwritten_by_accident(run: Path, capsys: pytest.CaptureF
     assert main(["train", "demo", f"output_dir={run}", *SHORT]) == 2
     assert "holds a run" in capsys.readouterr().err
     assert main(["train", "demo", f"output_dir={run}", *SHORT, "seed=1", "--resume"]) == 2
-    assert "differs from this configuration" in capsys.readouterr().err
+    assert f"cannot resume {run}, settings have changed: seed: 0 there, 1 here\n" in capsys.readouterr().err
     (run.parent / "other").mkdir()
     (run.parent / "other" / "thesis.txt").write_text("mine")
     assert main(["train", "demo", f"output_dir={run.parent / 'other'}", *SHORT, "--overwrite"]) == 2
@@ -241,11 +245,14 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "demo", "student.pooling"], "an override must be key=value, got 'student.pooling'"),
         (["train", "demo", "teachers.7.name=a"], "'7' must be a place in a list of 3"),
         (["train", "demo", "seed.x=1"], "seed is 0, not a section"),
-        (["train", "demo", "data.langages=[en]"], "data.langages: Extra inputs are not permitted"),
+        (["train", "demo", "data.langages=[en]"], r"data.langages: unknown key, did you mean languages\?"),
         (["train", "demo", "data.labelled_fraction=0"], "data.labelled_fraction: Input should be greater than 0"),
         (["train", "demo", "teachers.0.name=a/b"], "teachers.0.name: String should match"),
-        (["train", "demo", "training.temperature=-1"], "temperature must be positive and finite, got -1"),
-        (["train", "demo", "training.learning_rat=1"], "unexpected keyword argument 'learning_rat'"),
+        (["train", "demo", "training.temperature=-1"], "training.temperature: must be positive and finite, got -1"),
+        (
+            ["train", "demo", "training.learning_rat=1"],
+            r"training.learning_rat: unknown key, did you mean learning_rate\?",
+        ),
     ],
 )
 def test_wrong_configurations(
@@ -285,7 +292,10 @@ def test_mistyped_arguments(arguments: list[str], message: str, capsys: pytest.C
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert message in first
+    assert first.startswith(f"amtss-fast {arguments[0]}: " if arguments and arguments[0] != "traen" else "amtss-fast: ")
+    assert all(line.startswith("  ") for line in rest)
 
 
 def test_only_what_the_user_can_mend_is_one_line(
@@ -303,10 +313,94 @@ def test_only_what_the_user_can_mend_is_one_line(
         assert capsys.readouterr().err == "amtss-fast train: no such data\n"
         with pytest.raises(type(mended)):
             main(["--trace", "train", "demo"])
+    for error, line in (
+        (UserError("wrong:\n  a\n\nb\n"), "wrong:\n  a\n  b"),
+        (PermissionError(13, "Permission denied", "run/config.yaml"), "Permission denied: run/config.yaml"),
+        (OSError(28, "No space left on device", "run"), "No space left on device: run"),
+        (OSError(122, "Disk quota exceeded", "run"), "Disk quota exceeded: run"),
+        (OSError(), "OSError"),
+        (MemoryError(), "out of memory\n  memory.budget fits a training into the memory that there is"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp]\nDefaultCPUAllocator: can't allocate memory"),
+            "out of memory: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory\n"
+            "  memory.budget fits a training into the memory that there is",
+        ),
+    ):
+        fail(error)
+        assert main(["train", "demo"]) == 2
+        assert capsys.readouterr().err == f"amtss-fast train: {line}\n"
     for bug in (ValueError("a bug"), TypeError("a bug"), RuntimeError("a bug")):
         fail(bug)
         with pytest.raises(type(bug), match="a bug"):
             main(["train", "demo"])
+
+
+@pytest.mark.parametrize("name", ["demo", "train", "cache", "add-language", "report"])
+@pytest.mark.parametrize(("signal_", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(
+    name: str, signal_: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Any) -> None:
+        os.kill(os.getpid(), signal_)
+        time.sleep(10)
+
+    monkeypatch.setattr(importlib.import_module(f"amtss_fast.cli.{name.replace('-', '_')}"), "run", run)
+    arguments = {"train": ["demo"], "cache": ["demo"], "add-language": ["run", "sw"], "report": ["run"]}.get(name, [])
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([name, *arguments]) == status
+    assert signal.getsignal(signal.SIGTERM) is before
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) <= 2
+    assert lines[0].startswith(f"amtss-fast {name}: {'interrupted' if status == 130 else 'terminated'}")
+    goes_on = {"demo": "--resume", "train": "--resume", "cache": "same command", "add-language": "RUN is as it was"}
+    assert goes_on.get(name, "") in lines[0]
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    script = """
+import sys
+from amtss_fast import cli
+def run(options):
+    for _ in range(100_000):
+        print("a line")
+cli.report.run = run
+sys.exit(cli.main(["report", "run"]))
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    assert child.wait() == 141
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for arguments in (
+        ["report", "~/run"],
+        ["add-language", "~/run", "sw"],
+        ["evaluate", "~/run"],
+        ["predict", "~/run"],
+    ):
+        assert main(arguments) == 2
+        assert f"{tmp_path}/run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["thesis.txt", "thesis.txt/run", "thesis.txt/a/b"])
+@pytest.mark.parametrize("command", [["train", "demo"], ["train", "demo", "--overwrite"], ["cache", "demo"]])
+def test_folders_that_cannot_be(
+    command: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    folder = tmp_path / place
+    assert main([*command, f"output_dir={folder}", "teacher_cache.path=cache"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"amtss-fast {command[0]}: output_dir {folder} ")
+    assert message.count("\n") == 1
+    assert main(["cache", "demo", f"output_dir={tmp_path / 'run'}", f"teacher_cache.path={folder}"]) == 2
+    assert f"teacher_cache.path {folder} " in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_the_package_needs_torch_and_numpy_only() -> None:

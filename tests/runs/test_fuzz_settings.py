@@ -19,7 +19,25 @@ from amtss_fast.runs.settings import apply_overrides, read_settings, write_setti
 WORDS = st.sampled_from(
     ["no", "yes", "on", "null", "Null", "~", "true", "False", "1", "01", "1.0", "-1", "1e5", "0x1F", "1_000", ".inf"]
     + [".nan", "2024-01-01", "1:30", "${x}", "${", "a: b", "a #b", "#", "- a", "[a", "{a", "*x", "&x", "!x", "%x", "@"]
-    + ["'", '"', "'no'", '"1"', "a\nb", "\ta", " a ", "\x85", "\u2028", "\ufeff", "=", "<<", "?", "|", ">", "---", "..."]
+    + [
+        "'",
+        '"',
+        "'no'",
+        '"1"',
+        "a\nb",
+        "\ta",
+        " a ",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "=",
+        "<<",
+        "?",
+        "|",
+        ">",
+        "---",
+        "...",
+    ]
 )
 TEXTS = WORDS | st.text(st.characters(exclude_categories=["Cs"]))
 NAMES = WORDS.filter(str.strip) | st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
