@@ -112,7 +112,7 @@ def _compose(text: str, origin: str) -> yaml.Node | None:
         raise UserError(f"{origin}, line {line} is not valid YAML: {what}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = "" if mark is None or "\n" not in text.strip() else f", line {mark.line + 1}"
+        where = "" if mark is None or "\n" not in text else f", line {mark.line + 1}"
         reasons = " ".join(filter(None, (error.context, error.problem)))
         hint = "; a text with such characters needs quotes" if isinstance(error, yaml.scanner.ScannerError) else ""
         raise UserError(f"{origin}{where} is not valid YAML: {' '.join(reasons.split())}{hint}") from error

@@ -183,6 +183,195 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         load_config("nothing")
 
 
+@pytest.mark.parametrize(
+    ("yaml", "value"),
+    [
+        ("data: {name: x, label_names: [no, yes, 1, 01, 1.0, 1e5, null, true, 2024-01-01, ~]}", None),
+        ("data: {name: x, languages: [no, 1, null, true]}", None),
+        ("title: 2024-01-01", "2024-01-01"),
+        ("title: ${oc.env:HOME}", "${oc.env:HOME}"),
+        ("title: 'null'", "null"),
+        ("title: null", None),
+        ("title:", None),
+    ],
+)
+def test_texts_are_kept_as_they_were_written(yaml: str, value: str | None, tmp_path: Path) -> None:
+    if yaml.startswith("title"):
+        config = load(tmp_path, f"{LEAST}{yaml}\n")
+        assert config.title == value
+    else:
+        config = load(tmp_path, LEAST.replace("data: {name: data.csv}", yaml))
+        found = config.data.label_names or config.data.languages
+        assert found == yaml.partition("[")[2].rstrip("]}").split(", ")
+    assert load(tmp_path, config.to_yaml()) == config
+    assert load(tmp_path, LEAST, f"teachers.0.name={'no'}", "data.revision=2024-01-01").data.revision == "2024-01-01"
+
+
+def test_free_sections_have_the_types_of_yaml(tmp_path: Path) -> None:
+    encoder = "{model_type: bert, a: no, b: true, c: 1, d: 1e-5, e: null, f: '1', g: [1, {h: off}], 0: x}"
+    config = load(tmp_path, LEAST, f"student.encoder={encoder}")
+    found = {"model_type": "bert", "a": "no", "b": True, "c": 1, "d": 1e-5, "e": None, "f": "1"}
+    assert config.student.encoder == {**found, "g": [1, {"h": "off"}], "0": "x"}
+    assert load(tmp_path, LEAST, "memory.budget=1e9").memory.budget == 1e9  # type: ignore[union-attr]
+    assert load(tmp_path, LEAST, "memory.budget=6GB").memory.budget == "6GB"  # type: ignore[union-attr]
+    assert load(tmp_path, LEAST, "training.max_steps=1e3").training == {"max_steps": 1000}
+
+
+def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = "{name: b, model: {encoder: ~/e}, tokenizer: ~/t}"
+    config = load(
+        tmp_path,
+        LEAST,
+        *("output_dir=~/run", "data.name=~/d/*.csv", "student.encoder=~/s", "teachers.0.path=~", f"teachers=[{model}]"),
+        *("tokenizer.path=~/t", "teacher_cache.path=~/c", "training.deepspeed=~/ds.json"),
+    )
+    teacher, home = config.teachers[0], str(tmp_path)
+    assert teacher.model is not None
+    assert config.teacher_cache is not None
+    paths = [config.output_dir, config.data.name, config.student.encoder, teacher.model.encoder, teacher.tokenizer]
+    paths += [config.tokenizer.path, config.teacher_cache.path, config.training["deepspeed"]]
+    assert paths == [f"{home}/{place}" for place in ("run", "d/*.csv", "s", "e", "t", "t", "c", "ds.json")]
+    assert load(tmp_path, config.to_yaml()) == config
+    assert load_config("~/run.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=", "output_dir: Input should be a valid string, got None"),
+        ("output_dir=''", "output_dir: must be a path, it is empty"),
+        ("output_dir=null", "output_dir: must be a path; a file of this name needs quotes, 'null'"),
+        ("output_dir=~nobody-here/run", "output_dir: there is no home folder ~nobody-here"),
+        ('output_dir="a\\0b"', "output_dir: must be a path, it has a NUL character"),
+        (
+            "data.languages=[en, a/b]",
+            "data.languages.1: a language code consists of letters, digits, - and _, got 'a/b'",
+        ),
+        ("data.languages=[]", "data.languages: List should have at least 1 item"),
+        ("data.language_default=../x", "data.language_default: a language code consists of .*, got '../x'"),
+        ("teachers.0.languages=[a b]", "teachers.0.languages.0: a language code consists of .*, got 'a b'"),
+        ("teachers.0.name=..", r"teachers.0 \('..'\): this name cannot be that of a folder"),
+        ("teachers.0.name=a.partial", "this name cannot be that of a folder"),
+        ("teachers=[{name: student, model: {encoder: e}}]", "the run itself keeps a training under this name"),
+        ("teachers.0.training.max_steps=1", "training has no effect on a teacher with a path"),
+        ("teachers.0.prior=-1", "teachers.0.prior: Input should be greater than or equal to 0, got -1"),
+        ("teachers.0.prior=.nan", "teachers.0.prior: Input should be a finite number, got nan"),
+        ("teachers.0.precision=int4", "teachers.0.precision: must be one of float32, bfloat16, int8, got 'int4'"),
+        ("student.pooling=max", "student.pooling: must be one of mean, cls, got 'max'"),
+        ("student.classifier_dropout=1", "student.classifier_dropout: Input should be less than 1, got 1"),
+        ("data=file.csv", "data: must be a section"),
+        ("training=fast", "training: must be a section"),
+        ("data.max_length=true", "data.max_length: Input should be a valid integer.*, got 'true'"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
+        ("data.mask_probability=0.3", "data.mask_probability is for masked-lm, not for task 'sequence-classification'"),
+        ("training.seed=true", "training.seed: Input should be a valid integer.*, got 'true'"),
+        ("training.num_train_epochs=-1", "training.num_train_epochs: must be above 0, got -1"),
+        ("training.max_steps=0", "training.max_steps: must be at least 1; .*, got 0"),
+        ("training.per_device_eval_batch_size=0", "training.per_device_eval_batch_size: must be at least 1, got 0"),
+        ("training.learning_rate=.nan", "training.learning_rate: must be a finite number, got nan"),
+        ("training.learning_rate=1e999", "training.learning_rate: must be a finite number, got inf"),
+        ("training.learning_rate=[1]", r"training.learning_rate: Input should be a valid number, got \['1'\]"),
+        (
+            f"training.max_steps={'9' * 5000}",
+            "training.max_steps: Unable to parse input string as an integer, exceeded.*99999",
+        ),
+        ("training.max_steps=99999999999999999999", "training.max_steps: is too large, got 9999"),
+        ("training.eval_strategy=never", "training.eval_strategy: must be one of no, steps, epoch, got 'never'"),
+        ("training.optim=sdg", "training.optim: must be one of adamw_torch, .*, got 'sdg'"),
+        ("training.log_level=loud", "training.log_level: must be one of .*, got 'loud'"),
+        ("training.temperature=0", "training.temperature: must be positive and finite, got 0"),
+        ("training.kd_weight=0", "training.kd_weight must be above 0"),
+        ("training.ce_weight=-1", "training.ce_weight: must be finite and >= 0, got -1"),
+        ("training.gap_temperature=0", "training.gap_temperature: must be above 0 .*, got 0"),
+        ("training.chunk_rows=8", "training.chunk_rows is for masked-lm and causal-lm"),
+        ("teacher_training.kd_weight=1", "teacher_training.kd_weight: .* teachers learn from labels alone"),
+        (
+            "teacher_training.learnin_rate=1",
+            r"teacher_training.learnin_rate: unknown key, did you mean learning_rate\?",
+        ),
+    ],
+)
+def test_wrong_values(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, LEAST, override)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("section", ["training", "teacher_training", "teachers.0.training"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "output_dir",
+            "resume_from_checkpoint",
+            "do_train",
+            "do_eval",
+            "do_predict",
+            "label_names",
+            "task",
+            "local_rank",
+        ),
+        *("include_for_metrics", "push_to_hub", "hub_model_id", "length_column_name"),
+    ],
+)
+def test_settings_that_nobody_reads(section: str, name: str, tmp_path: Path) -> None:
+    text = LEAST.replace("path: hub/a", "model: {encoder: hub/a}")
+    with pytest.raises(UserError, match=f"{section}.{name}: is not for a configuration: .*, got 'x'"):
+        load(tmp_path, text, f"{section}.{name}=x")
+
+
+def test_every_argument_is_either_read_or_refused() -> None:
+    from amtss_fast.runs.arguments import _NOT_FOR_TEACHERS, _RANGES, _REFUSED, _types
+
+    for name in (*_NOT_FOR_TEACHERS, *_RANGES, *_REFUSED):
+        assert name in _types().model_fields or name.startswith(("hub_", "parallelism"))
+
+
+def test_all_problems_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, LEAST, "seed=x", "training.max_steps=many", "teachers.0.prior=y")
+    first, *rest = str(error.value).splitlines()
+    assert first == f"{tmp_path / 'run.yaml'} is not a valid configuration:"
+    assert sorted(line.partition(":")[0] for line in rest) == ["  seed", "  teachers.0.prior", "  training.max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: {\n", "line 2"),
+        ("a:\n\tb: 1\n", "line 2"),
+        ("a: 1\nb: *x\n", "line 2.* undefined alias 'x'"),
+        ("a: 1\nb: \0\n", r"line 2 .*the character '\\x00' is not allowed"),
+        ("a: 1\nb: {c: 1, c: 2}\n", "line 2 .*duplicate key b.c, it stands in line 2 too"),
+        ("a:\n  - b: 1\n    b: 2\n", "line 3 .*duplicate key a.0.b, it stands in line 2 too"),
+        ("a: 1\n'a': 2\n", "line 2 .*duplicate key a"),
+        ("a: &x [*x]\n", "line 1 .*nested too deeply"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: " + "[" * 100 + "]" * 100, "nested too deeply"),
+        ("? [a]\n: b\n", "a key must be a text"),
+        ("<<: 1\n", "<< needs a mapping"),
+        ("a: !!set {b}\n", "tags such as .*set' are not supported"),
+        ("a: 1\n---\nb: 2\n", "single document"),
+        ("a0: &a [x, x, x, x, x, x, x, x, x]\n"
+         + "".join(f"a{i}: &{chr(97 + i)} [{', '.join(['*' + chr(96 + i)] * 9)}]\n" for i in range(1, 9)), "too many"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_yaml(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(str(tmp_path / "run.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=f"{tmp_path} is a folder: give a YAML file, for that of a run {tmp_path}/config"
+    ):
+        load_config(tmp_path)
+
+
 def test_saved_configurations_are_read_back(tmp_path: Path) -> None:
     for file in SHIPPED.glob("*.yaml"):
         config = load_config(file)
