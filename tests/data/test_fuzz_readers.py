@@ -14,15 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzz import outcome
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amtss_fast.data import load_data
 from amtss_fast.data.files import read_file
 from amtss_fast.errors import UserError
 
-# How many examples there are is left to the profile.
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SUFFIXES = [".csv", ".tsv", ".jsonl", ".parquet"]
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 TEXTS = st.text(CHARACTERS, max_size=12) | st.text('a"\\,\t\n\r\0 \ufeff\u2028\x85\x1c', max_size=6)
@@ -59,12 +58,13 @@ def message_of(path: Path, **options: Any) -> str:
     try:
         load_data(path, **options)
     except UserError as error:
+        outcome(f"load_data {path.suffix}", type(error).__name__)
         return str(error)
+    outcome(f"load_data {path.suffix}")
     return str(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@FUZZ
 @given(rows=ROWS)
 def test_rows_come_back(suffix: str, rows: list[tuple[str, str]]) -> None:
     table = [{"id": f"{i}", "text": text, "label": label} for i, (text, label) in enumerate(rows)]
@@ -75,6 +75,9 @@ def test_rows_come_back(suffix: str, rows: list[tuple[str, str]]) -> None:
             found = read_file(path).to_pylist()
         except UserError as error:
             found = str(error)
+        if suffix == ".tsv":
+            # A carriage return at the end of a line belongs to the line's end.
+            table = [row | {"label": row["label"].removesuffix("\r")} for row in table]
         if isinstance(found, str):
             assert str(path) in found
             assert may_refuse(suffix, [value for row in rows for value in row])
@@ -83,7 +86,6 @@ def test_rows_come_back(suffix: str, rows: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@FUZZ
 @given(
     labels=st.lists(
         st.sampled_from(
@@ -114,7 +116,6 @@ def test_labels_mean_the_same_in_every_format(suffix: str, labels: list[str], na
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@FUZZ
 @given(content=st.binary(max_size=80) | st.lists(st.sampled_from(PIECES), max_size=20).map(b"".join))
 def test_bytes_give_rows_or_a_user_error(suffix: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +125,6 @@ def test_bytes_give_rows_or_a_user_error(suffix: str, content: bytes) -> None:
             assert str(path) in message_of(path, **options)
 
 
-@FUZZ
 @given(place=st.integers(0, 2000), byte=st.integers(0, 255))
 def test_a_parquet_file_with_a_wrong_byte(place: int, byte: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
