@@ -52,7 +52,10 @@ def class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
     """The names of a ClassLabel column in a table that `datasets` wrote; None for any other column."""
     if b"huggingface" not in (schema.metadata or {}):
         return None
-    feature = Features.from_arrow_schema(schema).get(column)
+    try:
+        feature = Features.from_arrow_schema(schema).get(column)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"this version of datasets cannot read the table's features: {error}") from error
     feature = getattr(feature, "feature", feature)
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 

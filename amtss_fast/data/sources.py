@@ -21,7 +21,7 @@ import pyarrow.parquet
 from amtss_fast.data.arrow import blank_to_null, is_text, plain_table
 from amtss_fast.data.file_names import FileName, one_spelling
 from amtss_fast.data.files import FORMATS, SAVED, SAVED_SPLITS, file_format, read_file
-from amtss_fast.errors import UserError, user_errors
+from amtss_fast.errors import UserError
 
 PathLike: TypeAlias = str | Path
 Source: TypeAlias = PathLike | Sequence[PathLike] | Mapping[str, PathLike | Sequence[PathLike]]
@@ -227,8 +227,10 @@ def _saved_files(folder: Path) -> list[File]:
     files = [File(file.path, folder.parent) if file.path == folder else file for file in files]
     for index in sorted(folder.rglob(SAVED_SPLITS)):
         # Each split has a folder, which is called as the split whatever that is.
-        with user_errors(KeyError):
-            splits = json.loads(index.read_text("utf-8"))["splits"]
+        try:
+            splits = list(json.loads(index.read_text("utf-8"))["splits"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} cannot be read as the index of a saved data set: {error}") from error
         missing = [name for name in splits if not (index.parent / name / SAVED).is_file()]
         if missing:
             raise UserError(f"{index.parent} is incomplete: its splits {missing} are not there")
