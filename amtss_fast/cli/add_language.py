@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from amtss_fast.cli.common import OVERRIDES, add_overrides, path, positive, show_results
+from amtss_fast.cli.common import OVERRIDES, add_overrides, path, show_results
 
 SUMMARY = "add a language to the student of a run without changing the other languages' outputs"
 DETAILS = """The projection of the new language starts as a copy of the nearest language's, and only it is trained.
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--own-classifier", action="store_true", help="give each language a classifier of its own")
     parser.add_argument("--replay", action="store_true", help="train the whole student, on old and new texts")
-    parser.add_argument("--rows", type=positive, help="the most training texts of the new language (default: all)")
+    parser.add_argument("--rows", type=int, help="the most training texts of the new language (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in the new folder")
 
 

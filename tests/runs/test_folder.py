@@ -68,10 +68,10 @@ def test_settings_that_change_nothing_that_is_trained(override: str, tmp_path: P
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (tmp_path / ("n" * 300), tmp_path / ("n" * 300) / "run"):
-        with pytest.raises(UserError, match="output_dir .*nnn.* cannot be a folder: File name too long"):
+        with pytest.raises(UserError, match=r"output_dir .*nnn.* cannot be a folder: File name too long"):
             check_folder(wrong, "output_dir")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="output_dir .*link is a file"):
+    with pytest.raises(UserError, match=r"output_dir .*link is a file"):
         check_folder(tmp_path / "link", "output_dir")
     check_folder(tmp_path / "a" / "b", "output_dir")
     # A superuser may write everywhere.

@@ -167,7 +167,7 @@ def test_starts_from_the_language_of_the_largest_margin(run: Path, tmp_path: Pat
         (["fr", "--like", "de"], "language 'de' is unknown; allowed: en, sw"),
         (["fr", "--rows", "0"], "rows must be at least 1, got 0"),
         (["fr", "data=nothing.csv"], "nothing.csv"),
-        (["fr", "data.txt=a"], "data.txt: Extra inputs are not permitted"),
+        (["fr", "data.txt=a"], "data.txt: unknown key, did you mean text?"),
         (["fr", "data=cldr_pairs"], "differ from the set's own label names ['entailment', 'neutral', 'contradiction']"),
     ],
 )
