@@ -228,13 +228,13 @@ def _saved_files(folder: Path) -> list[File]:
     for index in sorted(folder.rglob(SAVED_SPLITS)):
         # Each split has a folder, which is called as the split whatever that is.
         try:
-            splits = list(json.loads(index.read_text("utf-8"))["splits"])
+            names = list(json.loads(index.read_text("utf-8"))["splits"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index} cannot be read as the index of a saved data set: {error}") from error
-        missing = [name for name in splits if not (index.parent / name / SAVED).is_file()]
+        missing = [name for name in names if not (index.parent / name / SAVED).is_file()]
         if missing:
             raise UserError(f"{index.parent} is incomplete: its splits {missing} are not there")
-        splits = {index.parent / name: name for name in splits}
+        splits = {index.parent / name: name for name in names}
         files = [File(file.path, file.root, splits.get(file.path)) for file in files]
     return files
 

@@ -174,7 +174,7 @@ class TestSaved:
         with pytest.raises(UserError, match="one cannot be read as a saved data set"):
             load_data(tmp_path / "one")
         (tmp_path / "dataset_dict.json").write_text("[]")
-        with pytest.raises(UserError, match="dataset_dict.json cannot be read as the index of a saved data set"):
+        with pytest.raises(UserError, match=r"dataset_dict\.json cannot be read as the index of a saved data set"):
             load_data(tmp_path)
         data.save_to_disk(tmp_path / "set" / "one")
         (tmp_path / "set" / "more.jsonl").write_bytes(ROW)
