@@ -235,7 +235,7 @@ def _saved_files(folder: Path) -> list[File]:
         if missing:
             raise UserError(f"{index.parent} is incomplete: its splits {missing} are not there")
         splits = {index.parent / name: name for name in names}
-        files = [File(file.path, file.root, splits.get(file.path)) for file in files]
+        files = [File(file.path, file.root, splits.get(file.path, file.split)) for file in files]
     return files
 
 
