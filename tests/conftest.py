@@ -1,4 +1,4 @@
-"""The backends that this machine has, on each of which tests that take `backend` run, and the profiles of random tests."""
+"""The backends that this machine has, for tests that take `backend`, and the profiles of random tests."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from amtss_fast.loss.checks import check_values, values_are_free
 from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype, gradient_dtype
 from amtss_fast.loss.head import Head, Scratch, default_chunk_rows, padded_classes
-from amtss_fast.loss.ops import empty_stats, scale_saved_gradient, schema_of
+from amtss_fast.loss.ops import empty_stats, scale_saved_gradient, schema_of, use_one_thread_after_fork
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 from amtss_fast.loss.registry import choose_backend
 
@@ -77,6 +77,7 @@ def _compute(
     need_stats: bool,
     backend: str | None,
 ) -> Outputs:
+    use_one_thread_after_fork()
     student_hidden, device = inputs.student_hidden, inputs.student_hidden.device
     n_rows, n_classes, n_teachers = len(student_hidden), len(inputs.student_weight), len(inputs.teacher_hidden)
     scratch = Scratch(device)

@@ -8,6 +8,7 @@ not negative) and on the machine (which backend it has) is decided inside it.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -111,6 +112,26 @@ class _AttachGradient(torch.autograd.Function):
         return scale_saved_gradient(grad, grad_loss, ctx.student_dtype), None
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def use_one_thread_after_fork() -> None:
+    """Called before operations of torch on large CPU tensors.
+
+    A child of fork() has none of the threads of torch's OpenMP library, and torch would wait for them forever.
+    """
+    if _forked and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 def scale_saved_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Grad [N, C] times grad_loss ([] or [N]), without a second [N, C] buffer where that is safe."""
     if torch.compiler.is_compiling():
@@ -118,6 +139,7 @@ def scale_saved_gradient(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) ->
     one_factor = grad_loss.dim() == 0
     if one_factor and grad_loss.device.type == "cpu" and dtype == grad.dtype and grad_loss.item() == 1.0:
         return grad
+    use_one_thread_after_fork()
     # With retain_graph the saved gradient is needed again.
     fresh = dtype != grad.dtype or backward_keeps_graph()
     scale_gradient = best_backend(grad.device).scale_gradient if one_factor and grad.dtype != torch.float64 else None

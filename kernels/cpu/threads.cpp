@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -18,9 +20,28 @@ struct Job {
     void* context;
     int64_t tasks;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error{};  // of the first task that failed
 
-    void work() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
+    // An exception must not leave a thread: the process would end.
+    void work() noexcept {
+        try {
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+            // No task begins from here on. Half of the range is left to additions of threads that still ask.
+            next = std::numeric_limits<int64_t>::max() / 2;
+        }
+    }
+
+    // Adds threads up to `most`; fewer if the system has no more.
+    void start(std::vector<std::thread>& others, int most) {
+        try {
+            others.reserve(std::max(0, most));
+            while (int(others.size()) < most) others.emplace_back(&Job::work, this);
+        } catch (const std::exception&) {
+            // Any number of threads gives the same results.
+        }
     }
 };
 
@@ -33,13 +54,15 @@ std::atomic<bool> forked{false};
 void parallel_for(int64_t tasks, int threads, void (*task)(void*, int64_t), void* context) {
     threads = int(std::min<int64_t>(threads, tasks));
     Job job{task, context, tasks};
-    if (threads < 2) return job.work();
-    if (GOMP_parallel && !forked)
-        return GOMP_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(threads), 0);
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(&Job::work, &job);
-    job.work();
-    for (std::thread& other : others) other.join();
+    if (threads >= 2 && GOMP_parallel && !forked) {
+        GOMP_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        job.start(others, threads - 1);
+        job.work();
+        for (std::thread& other : others) other.join();
+    }
+    if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace amtss

@@ -8,7 +8,7 @@
 namespace amtss {
 
 // Calls task(context, i) for i in [0, tasks), on this thread and up to threads - 1 others; returns when all are done.
-// Safe to call from several threads at once.
+// Safe to call from several threads at once. What a task throws is thrown here, after all threads have ended.
 void parallel_for(int64_t tasks, int threads, void (*task)(void* context, int64_t i), void* context);
 
 }  // namespace amtss

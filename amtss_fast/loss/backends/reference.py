@@ -56,8 +56,8 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         row_weight = inputs.sample_weight.to(dtype)
 
     student = inputs.student_logits.to(dtype)
-    log_q = (student / temperature).log_softmax(-1)  # [N, C]
-    log_p = [(_logits(inputs, k).to(dtype) / temperature).log_softmax(-1) for k in range(n_teachers)]  # K of [N, C]
+    log_q = _log_softmax(student, temperature)  # [N, C]
+    log_p = [_log_softmax(_logits(inputs, k).to(dtype), temperature) for k in range(n_teachers)]  # K of [N, C]
 
     margins = torch.stack([_margin(lp, labels, labeled, options.weighting) for lp in log_p])  # [K, N]
     margins = margins.where(teaches, 0.0)
@@ -114,6 +114,13 @@ def _logits(inputs: LossInputs, k: int) -> Tensor:
     if row_max is None or step is None:
         return inputs.teacher_logits[k]
     return dequantize(inputs.teacher_logits[k], row_max, step)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    if temperature < 1:
+        # Otherwise the quotient of a large logit would be infinite.
+        logits = logits - logits.amax(-1, keepdim=True)
+    return (logits / temperature).log_softmax(-1)
 
 
 def _margin(log_p: Tensor, labels: Tensor, labeled: Tensor, weighting: str) -> Tensor:

@@ -27,6 +27,12 @@ struct Scratch {
     }
 };
 
+// The scratch of this thread, made at its first call; throws std::bad_alloc.
+char* thread_scratch() {
+    thread_local Scratch scratch;
+    return scratch.memory.get();
+}
+
 std::vector<const Kernel*> find_kernels() {
     std::vector<const Kernel*> found;
 #if defined(__x86_64__)
@@ -95,13 +101,13 @@ Outcome run(const Kernel& kernel, Problem& p, double divisor, float* loss, int t
     } context{kernel, p, part, sums};
     const int64_t parts = part ? (p.rows + part - 1) / part : 0;
     if (p.rows * p.classes * (1 + p.teachers) < logits_worth_a_thread) threads = 1;
+    // Where memory is short, this throws; the OpenMP library would end the process when it starts its threads.
+    if (parts > 0) thread_scratch();
     parallel_for(
         parts, threads,
         [](void* pointer, int64_t i) {
-            thread_local Scratch scratch;
             const Context& c = *static_cast<const Context*>(pointer);
-            c.sums[i] =
-                c.kernel.loss(c.p, i * c.part, std::min(c.p.rows, (i + 1) * c.part), scratch.memory.get());
+            c.sums[i] = c.kernel.loss(c.p, i * c.part, std::min(c.p.rows, (i + 1) * c.part), thread_scratch());
         },
         &context);
     if (loss) {

@@ -83,7 +83,8 @@ struct Outcome {
 };
 
 // Checks the values of labels and weights, then computes. `divisor` divides the sum of the row losses; NaN stands for
-// the number of rows that count, at least 1. The reduced loss is written to `loss` unless that is null.
+// the number of rows that count, at least 1. The reduced loss is written to `loss` unless that is null. Throws
+// std::bad_alloc if there is no memory for scratch; the outputs then hold arbitrary values.
 Outcome run(const Kernel&, Problem&, double divisor, float* loss, int threads);
 
 }  // namespace amtss

@@ -1,9 +1,11 @@
 // Number formats, bit by bit.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 
@@ -28,17 +30,17 @@ double decode_f16(uint16_t h) {
     return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
 }
 
-// The nearest value: exact rounding does not matter for inputs.
+// A neighboring value: exact rounding does not matter for inputs.
 uint16_t encode_f16(float x) {
+    static const std::vector<double> positive = [] {
+        std::vector<double> values;
+        for (int bits = 0; bits < 0x7c00; bits++) values.push_back(decode_f16(uint16_t(bits)));
+        return values;
+    }();
     if (std::isinf(x)) return x > 0 ? 0x7c00 : 0xfc00;
     if (std::isnan(x)) return 0x7e00;
-    const double magnitude = std::fabs(double(x));
-    int low = 0, high = 0x7bff;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        (decode_f16(uint16_t(middle)) <= magnitude ? low : high) = decode_f16(uint16_t(middle)) <= magnitude ? middle : middle - 1;
-    }
-    return uint16_t(low | (x < 0 ? 0x8000 : 0));
+    const auto above = std::upper_bound(positive.begin(), positive.end(), std::fabs(double(x)));
+    return uint16_t((above - positive.begin() - 1) | (x < 0 ? 0x8000 : 0));
 }
 
 }  // namespace

@@ -209,20 +209,22 @@ struct Case {
             double total = 0, divergence = 0, best = -inf;
             std::vector<double> mass(K, 0);
             std::vector<std::vector<double>> log_p(K);
+            const auto alpha = [&](int64_t k) {
+                return mask.empty() || mask[k * N + n] ? (prior.empty() ? 1.0 : double(prior[k * N + n])) : 0.0;
+            };
+            int64_t chosen = -1;
             for (int64_t k = 0; k < K; k++) {
-                const double alpha = (mask.empty() || mask[k * N + n]) ? (prior.empty() ? 1 : prior[k * N + n]) : 0;
-                if (alpha == 0) continue;
+                if (alpha(k) == 0) continue;
                 log_p[k] = log_softmax(1 + k, n, tau);
                 const double m = r.margins[k * N + n] = margin(log_p[k], label);
-                if (beta == 0) {
-                    if (total == 0 || m > best) {
-                        std::fill(mass.begin(), mass.end(), 0);
-                        best = m;
-                        mass[k] = total = 1;
-                    }
-                } else {
-                    total += mass[k] = alpha * std::exp(m / beta);
-                }
+                if (chosen < 0 || m > best) best = m, chosen = k;
+            }
+            for (int64_t k = 0; k < K; k++) {
+                if (log_p[k].empty()) continue;
+                const double m = r.margins[k * N + n];
+                // Equal margins differ by 0, also where both are -inf.
+                const double behind = m == best || beta == inf ? 0 : (m - best) / beta;
+                total += mass[k] = beta == 0 ? k == chosen : alpha(k) * std::exp(behind);
             }
             for (int64_t k = 0; k < K; k++) {
                 if (log_p[k].empty()) continue;
@@ -236,7 +238,7 @@ struct Case {
                 r.kd[k * N + n] = kl;
                 if (w != 0) divergence += w * kl;
             }
-            double loss = options.kd_weight * tau * tau * divergence;
+            double loss = options.kd_weight > 0 ? options.kd_weight * tau * tau * divergence : 0;
             std::vector<double> gradient(C, 0);
             if (total != 0 && options.kd_weight > 0)
                 for (int64_t c = 0; c < C; c++)
@@ -259,9 +261,10 @@ struct Case {
     }
 };
 
+// The error is at most `tolerance` times the largest value, or times `least` where all values are smaller.
 void compare(const char* name, const std::vector<double>& got, const std::vector<double>& want, double tolerance,
-             const std::string& where) {
-    double largest = 1e-3, error = 0;
+             const std::string& where, double least = 1e-3) {
+    double largest = least, error = 0;
     for (size_t i = 0; i < got.size(); i++) {
         CHECK(std::isnan(got[i]) == std::isnan(want[i]), "%s %s[%zu] = %g, exact %g", where.c_str(), name, i, got[i], want[i]);
         CHECK(std::isinf(got[i]) == std::isinf(want[i]), "%s %s[%zu] = %g, exact %g", where.c_str(), name, i, got[i], want[i]);

@@ -7,12 +7,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -20,6 +23,7 @@
 #include "formats.h"
 #include "loss/core.h"
 #include "loss_case.h"
+#include "threads.h"
 
 namespace {
 
@@ -233,6 +237,30 @@ void test_threads(const Kernel& kernel, bool forks) {
     CHECK(status == 0, "after fork: status %d", status);
 }
 
+// What a task throws, on any thread, arrives at the caller; afterwards everything runs as before.
+void test_exceptions(const Kernel& kernel) {
+    for (const int threads : {1, 4})
+        for (int64_t bad = 0; bad < 100; bad += 9) {
+            std::pair<int64_t, std::atomic<int>> context(bad, 0);
+            bool thrown = false;
+            try {
+                parallel_for(
+                    100, threads,
+                    [](void* pointer, int64_t i) {
+                        auto& [bad, done] = *static_cast<std::pair<int64_t, std::atomic<int>>*>(pointer);
+                        if (i == bad) throw std::bad_alloc();
+                        done++;
+                    },
+                    &context);
+            } catch (const std::bad_alloc&) {
+                thrown = true;
+            }
+            CHECK(thrown && context.second < 100, "the exception of task %d was lost", int(bad));
+        }
+    Case c(64, 1000, 3, {}, {Type::f32}, 1, 3);
+    CHECK(same_bits(c.run(kernel, 1), c.run(kernel, 4)), "other bits after exceptions");
+}
+
 void test_many_teachers_and_no_rows(const Kernel& kernel) {
     for (const int64_t teachers : {64, 256})
         for (const int64_t classes : {3, 32, 500}) {
@@ -268,6 +296,7 @@ int main(int argc, char** argv) {
     test_faults(*kernel);
     test_many_teachers_and_no_rows(*kernel);
     if (std::strcmp(kernel->name, "avx512") == 0) test_8_bit_teachers();
+    test_exceptions(*kernel);
     test_threads(*kernel, argc < 3 || std::strcmp(argv[2], "nofork") != 0);
     std::printf("%s: %d failures\n", kernel->name, failures);
     return failures != 0;
