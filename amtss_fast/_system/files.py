@@ -21,6 +21,8 @@ def write_atomically(file: Path, data: str | bytes, partial: Path | None = None)
     partial = partial or file.with_name(file.name + ".partial")
     try:
         with names_file(file):
+            # What lies there may be a link to another place, and would be followed.
+            partial.unlink(missing_ok=True)
             partial.write_bytes(data.encode() if isinstance(data, str) else data)
             publish(partial, file)
     finally:

@@ -7,9 +7,11 @@ PATH/TEACHER/SPLIT-KEY/shard-00000.json    its SHA-256; a shard without one, or 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +22,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Features, List, Value
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from amtss_fast._system.files import publish, write_atomically
+from amtss_fast._system.files import names_file, publish, write_atomically
 from amtss_fast.errors import UserError
 from amtss_fast.loss.logits import QuantizedLogits, quantize_logits
 from amtss_fast.models.places import loading
+from amtss_fast.teachers.shards import column_array, map_shard
 
 FORMATS = ("float32", "bfloat16", "codes")
 """How logits are stored; `codes` are those of :class:`amtss_fast.QuantizedLogits`."""
 _VERSION = 1
+# Bytes of the JSON files, which are read whole: a checksum, and a key with its names of labels.
+_MOST_OF_SUMS, _MOST_OF_KEY = 1 << 12, 1 << 26
 
 
 def default_format(classes: int) -> str:
@@ -48,7 +53,8 @@ def files_digest(folder: str | Path) -> str:
 
             folder = snapshot_download(place, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
     digest = hashlib.sha256()
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model"))
+    suffixes = (".safetensors", ".json", ".txt", ".model")
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in suffixes and p.is_file())
     for file in files:
         digest.update(f"{file.name}\0{_sha256(file)}\0".encode())
     return digest.hexdigest()
@@ -68,6 +74,9 @@ class CacheEntry:
         classes: logits of each row.
         format: one of `FORMATS`.
         shard_rows: rows of a shard. A killed process loses at most one shard.
+
+    Raises:
+        UserError: names that are no names of folders, sizes below 1, an unknown format.
     """
 
     root: Path
@@ -78,6 +87,16 @@ class CacheEntry:
     classes: int
     format: str
     shard_rows: int
+
+    def __post_init__(self) -> None:
+        for what, name in (("teacher", self.teacher), ("split", self.split)):
+            if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+                raise UserError(f"{what} {name!r} cannot be the name of a folder of cached logits")
+        for what, size in (("rows", self.rows), ("classes", self.classes), ("shard_rows", self.shard_rows)):
+            if size < 1:
+                raise UserError(f"{what} of cached logits must be at least 1, got {size}")
+        if self.format not in FORMATS:
+            raise UserError(f"the format of cached logits is one of {list(FORMATS)}, not {self.format!r}")
 
     @cached_property
     def _full_key(self) -> dict[str, Any]:
@@ -107,13 +126,13 @@ class CacheEntry:
 
         Raises:
             ValueError: logits of another shape.
+            UserError: the folder is a link to a place outside of the cache.
         """
+        self._check_place()
         self.folder.mkdir(parents=True, exist_ok=True)
         key = self.folder / "key.json"
         write_atomically(key, json.dumps(self._full_key, indent=1), _partial(key))
-        for partial in self.folder.glob(f"*.{socket.gethostname()}-*.partial"):
-            if not _alive(int(partial.name.split("-")[-1].split(".")[0])):
-                partial.unlink(missing_ok=True)
+        self._remove_partials()
         missing = [i for i in range(rank, self.shards, world_size) if self._problem(i) is not None]
         for index in tqdm(missing, desc=f"{self.teacher}, {self.split}", unit="shard", disable=rank > 0 or not missing):
             values = logits(range(*self._span(index)))
@@ -125,8 +144,9 @@ class CacheEntry:
 
         Raises:
             FileNotFoundError: nothing cached for this key; the message says how the latest entry differs.
-            UserError: shards that are missing, cut off or altered; the message names them.
+            UserError: shards that are missing, cut off, altered or not of this entry; the message names them.
         """
+        self._check_place()
         if not self.folder.is_dir():
             raise FileNotFoundError(
                 f"no cached logits of teacher {self.teacher!r} for split {self.split!r} in "
@@ -141,6 +161,20 @@ class CacheEntry:
             )
         return CachedLogits([self._file(i) for i in range(self.shards)], self)
 
+    def _check_place(self) -> None:
+        """Raises UserError if links lead out of the cache: what is written there would overwrite other files."""
+        if not self.folder.resolve().is_relative_to(self.root.resolve()):
+            raise UserError(
+                f"cached logits in {self.folder}: it is a link to {self.folder.resolve()}, not in {self.root}"
+            )
+
+    def _remove_partials(self) -> None:
+        """Removes what processes of this machine have left that are no more."""
+        for partial in self.folder.glob(f"*.{glob.escape(socket.gethostname())}-*.partial"):
+            process = re.search(r"-(\d{1,9})\.partial$", partial.name)
+            if process is not None and not _alive(int(process[1])):
+                partial.unlink(missing_ok=True)
+
     def _file(self, index: int) -> Path:
         return self.folder / f"shard-{index:05}.arrow"
 
@@ -153,7 +187,10 @@ class CacheEntry:
         sums = file.with_suffix(".json")
         if not file.is_file() or not sums.is_file():
             return f"{file.name} is missing"
-        if _sha256(file) != json.loads(sums.read_text())["sha256"]:
+        said = _read_json(sums, _MOST_OF_SUMS)
+        if said is None:
+            return f"{sums.name} is no checksum"
+        if _sha256(file) != said.get("sha256"):
             return f"{file.name} was altered or cut off"
         return None
 
@@ -176,12 +213,17 @@ class CacheEntry:
         checksum, partial = file.with_suffix(".json"), _partial(file)
         # One record batch: one array to map.
         table = self._table(values)
-        with pa.ipc.new_stream(str(partial), table.schema) as writer:
-            writer.write_table(table)
-        digest = _sha256(partial)
-        # The old checksum is removed first, so that it never lies beside another shard.
-        checksum.unlink(missing_ok=True)
-        publish(partial, file)
+        # It may be a link.
+        partial.unlink(missing_ok=True)
+        try:
+            with names_file(file), pa.ipc.new_stream(str(partial), table.schema) as writer:
+                writer.write_table(table)
+            digest = _sha256(partial)
+            # The old checksum is removed first, so that it never lies beside another shard.
+            checksum.unlink(missing_ok=True)
+            publish(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
         write_atomically(checksum, json.dumps({"sha256": digest}), _partial(checksum))
 
     def _table(self, values: Tensor) -> pa.Table:
@@ -205,9 +247,15 @@ class CacheEntry:
         others = sorted((self.root / self.teacher).glob(f"{self.split}-*/key.json"), key=os.path.getmtime)
         if not others:
             return ""
-        other = json.loads(others[-1].read_text())
-        names = sorted(name for name in {*other, *self._full_key} if other.get(name) != self._full_key.get(name))
-        shown = ", ".join(f"{name} (cached: {other.get(name)!r}, now: {self._full_key.get(name)!r})" for name in names)
+        other, mine = _read_json(others[-1], _MOST_OF_KEY), self._full_key
+        if other is None:
+            return f": {others[-1]} is no key"
+        names = sorted(name for name in {*other, *mine} if other.get(name) != mine.get(name))
+        shown = ", ".join(
+            f"{name if name.isprintable() and len(name) < 100 else _short(name)} "
+            f"(cached: {_short(other.get(name))}, now: {_short(mine.get(name))})"
+            for name in names
+        )
         return f": the latest, {others[-1].parent.name}, differs in {shown}"
 
 
@@ -217,9 +265,13 @@ class CachedLogits:
     def __init__(self, files: Sequence[Path], entry: CacheEntry) -> None:
         self._entry = entry
         # Kept, because the arrays are views of them.
-        self._shards = [Dataset.from_file(str(file)) for file in files]
+        self._shards = [map_shard(file, entry.features.arrow_schema) for file in files]
+        for index, (file, shard) in enumerate(zip(files, self._shards, strict=True)):
+            rows = min(entry.shard_rows, entry.rows - index * entry.shard_rows)
+            if len(shard) != rows:
+                raise UserError(f"{file} has {len(shard)} rows, this part of the split has {rows}")
         self._columns = {
-            name: [_array(shard, name, entry.classes) for shard in self._shards] for name in entry.features
+            name: [column_array(shard.column(name), entry.classes) for shard in self._shards] for name in entry.features
         }
 
     def __len__(self) -> int:
@@ -254,14 +306,20 @@ class CachedLogits:
         return torch.from_numpy(values)
 
 
-def _array(shard: Dataset, name: str, classes: int) -> np.ndarray:
-    """A column of a shard as a view of the mapped file: [n], or [n, C]."""
-    column = shard.data.column(name).combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.chunk(0)
-    lists = pa.types.is_fixed_size_list(column.type)
-    array: np.ndarray = (column.flatten() if lists else column).to_numpy(zero_copy_only=True)
-    return array.reshape(-1, classes) if lists else array
+def _read_json(file: Path, most: int) -> dict[str, Any] | None:
+    """The object in a JSON file of at most so many bytes; None for anything else."""
+    with file.open("rb") as stream:
+        text = stream.read(most + 1)
+    try:
+        value = json.loads(text) if len(text) <= most else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _sha256(file: Path) -> str:

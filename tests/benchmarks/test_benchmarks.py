@@ -274,3 +274,22 @@ def test_bench_train(tmp_path: Path) -> None:
         assert parts == pytest.approx(row["seconds"])
         assert min(row["teachers_s"], row["student_s"]) > 0
         assert row["speedup"] == pytest.approx(figures["plain"]["seconds"] / row["seconds"])
+
+
+def test_long_runs() -> None:
+    script = SCRIPT.with_name("long_runs.py")
+    for options in (["--parts", "loss", "--steps", "300"], ["--parts", "cached", "--steps", "20"]):
+        done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"| {options[1]} |") == 10
+
+
+def test_what_grows_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("long_runs")
+    flat = [bench.Sample(step, 500_000_000, 12, 7) for step in range(1, 11)]
+    # What the first steps take is no growth.
+    assert bench.growth([flat[0]._replace(rss=10, files=3, threads=1), *flat[1:]]) == []
+    assert bench.growth([*flat[:9], flat[9]._replace(rss=508_000_000)]) == ["memory by 8.0 MB"]
+    found = bench.growth([*flat[:5], flat[5]._replace(files=13, threads=9), *flat[6:]])
+    assert found == ["files from 12 to 13", "threads from 7 to 9"]
