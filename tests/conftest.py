@@ -8,9 +8,8 @@ from typing import Any
 import fuzz
 import pytest
 import torch
+from backends import available_backends
 from hypothesis import HealthCheck, settings
-
-from amtss_fast.loss import registry
 
 # `make test` tries the same few examples each time, `make fuzz` many new ones.
 _RANDOM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -27,12 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def available_backends() -> list[str]:
-    return [name for name in registry.BACKENDS if registry.why_missing(name) is None]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
+    given = [marker.args[0] for marker in metafunc.definition.iter_markers("parametrize")]
+    # A test may choose its own.
+    chosen = any("backend" in ([names] if isinstance(names, str) else names) for names in given)
+    if "backend" in metafunc.fixturenames and not chosen:
         metafunc.parametrize("backend", available_backends())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mistyped argument does; so are a missing right, a full disk and too little memory. Ctrl-C gives 130, SIGTERM 143.
     Any other error is raised.
     """
+    # Torch's threads wait for each other in loops that keep their cores busy. A command lets them sleep: beside another
+    # process such a loop takes the time that the process needs. OpenMP reads this when torch is loaded.
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     chosen = _parser().parse_args(arguments)
     command = _COMMANDS[chosen.command]
     name = f"amtss-fast {chosen.command}"

@@ -33,11 +33,12 @@ def path(text: str) -> Path:
 
 
 def show_results(folder: Path) -> None:
-    """Prints the table of a run, and where its report is; nothing where the run has no results."""
+    """Prints the table of a run, and where its report is, in the main process; nothing without results."""
+    from accelerate import PartialState
+
     from amtss_fast.runs.report import format_table, read_run
 
-    # Under torchrun the main process alone writes them, perhaps after this.
-    if (folder / "metrics.json").is_file():
+    if PartialState().is_main_process and (folder / "metrics.json").is_file():
         print(f"\n{format_table(read_run(folder).metrics)}\n\n{folder / 'report.html'}")
 
 

@@ -12,8 +12,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import torch
-
 from amtss_fast._compat.progress import close_bars
 from amtss_fast.errors import UserError
 
@@ -96,4 +94,6 @@ def message_of(error: Exception) -> str:
 
 def _is_out_of_memory(error: Exception) -> bool:
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # torch is not loaded for this: commands load it after what it reads from the environment is set.
+    torch = sys.modules.get("torch")
+    return on_cpu or isinstance(error, MemoryError if torch is None else (MemoryError, torch.OutOfMemoryError))

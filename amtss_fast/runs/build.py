@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +124,8 @@ def train_teachers(setup: Setup) -> None:
         )
         model = new_model(setup, teacher.model, languages)
         trainer = make_trainer(setup, model, data, None, teacher_arguments(setup.config, teacher), languages)
-        train(setup, trainer, target)
+        train(setup, trainer)
+        setup.folder.keep_model(trainer, target)
 
 
 def make_trainer(
@@ -140,7 +141,8 @@ def make_trainer(
     encoded = setup.encode(data, languages=languages, keep_text=keep_text)
     if teachers is not None:
         encoded = teachers.number_rows(encoded)
-    with user_errors():
+    # RuntimeError: a tracker of `report_to` that is not installed.
+    with user_errors(RuntimeError):
         return AMTSSTrainer(
             model,
             arguments,
@@ -169,28 +171,57 @@ def make_trial(
         return make_trainer(setup, model, data, teachers, arguments, languages)
 
 
-def train(setup: Setup, trainer: AMTSSTrainer, target: Path) -> None:
-    """Trains, and saves the model as the folder `target`."""
+def train(setup: Setup, trainer: AMTSSTrainer) -> None:
+    """Trains, from the last checkpoint where the run goes on; all processes call it.
+
+    Raises:
+        UserError: a checkpoint of another number of processes.
+    """
+    folder = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
         rows: Any = trainer.train_dataset
         model: Any = trainer.model
         texts = f"{len(rows):,} texts in {len(trainer.languages)} languages"
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
-        print(f"\nTraining {target.name}: {texts}, {size}", flush=True)
-    checkpoint = _last_checkpoint(Path(str(trainer.args.output_dir))) if setup.resume else None
+        print(f"\nTraining {folder.name}: {texts}, {size}", flush=True)
+    checkpoint = last_checkpoint(folder, trainer.args.world_size) if setup.resume else None
     try:
-        with names_file(Path(str(trainer.args.output_dir))):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        with names_file(folder):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except NotFiniteError as error:
-        raise NotFiniteError(f"{target.name}: {error}") from error
-    setup.folder.keep_model(trainer, target)
+        raise NotFiniteError(f"{folder.name}: {error}") from error
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole: its state is written last. What an interruption left of others is removed."""
+def last_checkpoint(folder: Path, processes: int) -> Path | None:
+    """The last checkpoint that a training can go on from, if there is one.
+
+    Raises:
+        UserError: it was written by another number of processes, whose batches were others.
+    """
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        if (path / "trainer_state.json").is_file():
-            return str(path)
-        shutil.rmtree(path, ignore_errors=True)
+        # One file of each process. There is none where `save_only_model` leaves out what a training needs to go on.
+        writers = len(list(path.glob("rng_state*.pth")))
+        if not writers or not _is_whole(path):
+            continue
+        if writers != processes:
+            raise UserError(
+                f"cannot resume {path}: it was trained in {_count(writers)}, and here there would be "
+                f"{_count(processes)}, with other batches: start it in {_count(writers)}, or anew with --overwrite"
+            )
+        return path
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether nothing interrupted its writing: the state is the last file, and half of an object is no JSON."""
+    file = checkpoint / "trainer_state.json"
+    try:
+        json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"

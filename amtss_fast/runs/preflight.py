@@ -24,7 +24,14 @@ from amtss_fast._compat.transformers import prepare_inputs
 from amtss_fast.data import language_counts
 from amtss_fast.errors import UserError
 from amtss_fast.models import check_code, max_positions, sees_later_tokens
-from amtss_fast.runs.build import load_teachers, make_trial, new_model, new_student, taught_languages
+from amtss_fast.runs.build import (
+    last_checkpoint,
+    load_teachers,
+    make_trial,
+    new_model,
+    new_student,
+    taught_languages,
+)
 from amtss_fast.runs.config import TeacherConfig
 from amtss_fast.runs.results import report_split, scored_rows
 from amtss_fast.runs.setup import Setup, labels_only_options, student_arguments, teacher_arguments, training_arguments
@@ -86,6 +93,9 @@ def check_run(setup: Setup, *, ask_teachers: bool = True) -> Preflight:
         trainings.append(_check_student(setup, teachers))
     if setup.config.labels_only and not _is_done(setup, setup.folder.labels_only):
         trainings.append(_check_labels_only(setup))
+    if setup.resume:
+        for training in trainings:
+            last_checkpoint(setup.folder.training(training.name), student_arguments(setup.config).world_size)
     _check_disk(setup, trainings)
     rows = {split: language_counts(rows) for split, rows in setup.data.items()}
     return Preflight(rows, teaches, trainings, notes, teachers)
@@ -238,7 +248,6 @@ def _check_training(
 
 def _check_model(setup: Setup, whose: str, model: PreTrainedModel) -> None:
     check_positions(setup, whose, max_positions(model.config))
-    _check_embedding(setup, whose, model)
     if setup.task.name == "causal-lm" and sees_later_tokens(model):
         raise UserError(
             f"{whose}: a {type(model).__name__} sees the tokens that it has to predict (its outputs change with later "
@@ -252,16 +261,6 @@ def check_positions(setup: Setup, whose: str, limit: int | None) -> None:
         raise UserError(
             f"{whose} takes at most {limit} tokens, and data.max_length is {setup.config.data.max_length}: set "
             f"data.max_length={limit}, or give the model more positions"
-        )
-
-
-def _check_embedding(setup: Setup, whose: str, model: PreTrainedModel) -> None:
-    embedding: Any = model.get_input_embeddings()
-    rows = int(embedding.weight.shape[0])
-    if rows < len(setup.tokenizer):
-        raise UserError(
-            f"{whose} has {rows} word embeddings, the tokenizer {len(setup.tokenizer)} tokens: it needs the tokenizer "
-            "that it was made with (tokenizer.path), or a larger vocab_size"
         )
 
 
@@ -314,7 +313,6 @@ def _ask(setup: Setup, teachers: LiveTeachers) -> None:
         whose = f"teacher {teacher.name!r}"
         if not reads_text:
             check_positions(setup, whose, teacher.max_length)
-            _check_embedding(setup, whose, teacher.model)
         if setup.task.name == "causal-lm" and sees_later_tokens(teacher.model):
             raise UserError(
                 f"{whose}: a {type(teacher.model).__name__} sees the tokens that it has to predict (its outputs change "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -83,6 +84,13 @@ class AMTSSTrainer(Trainer):
             raise ValueError(
                 f"{self.args.n_gpu} devices in one process (nn.DataParallel) are not supported: start with "
                 "`torchrun --nproc-per-node N` or `accelerate launch`, or show one device (CUDA_VISIBLE_DEVICES)"
+            )
+        # accelerate's own configuration says it in the environment.
+        asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+        if asked and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp={asked!r} would have no effect: parameters are sharded over the GPUs of several processes, "
+                f"and this is {self.accelerator.distributed_type}, on {self.args.device}"
             )
         if not task.shards_parameters and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(f"task {task.name!r} needs whole parameters: no FSDP, no DeepSpeed")
@@ -181,6 +189,11 @@ class AMTSSTrainer(Trainer):
         norm: Any = super()._get_grad_norm(model, grad_norm)
         self._finite.check_gradient(norm)
         return norm
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process then writes the state, which makes the checkpoint whole, and removes older ones.
+        self.accelerator.wait_for_everyone()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not batch_samples or "labels" not in batch_samples[0]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import is_interpreted
 from numerics import IGNORED, UNLABELED, assert_parts_within_budget
 from test_loss import OPTIONS
 from torch import Tensor
@@ -153,7 +154,7 @@ def test_heads_within_budget(backend: str, options: dict[str, Any], extras: bool
 @pytest.mark.parametrize("head", ["float32", "bfloat16", "float16", "8-bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_heads_of_any_dtype(backend: str, dtype: torch.dtype, head: str) -> None:
-    case = make_linear_case(33, 300, dtype=dtype, ce_weight=0.5)
+    case = make_linear_case(9 if is_interpreted(backend) else 33, 300, dtype=dtype, ce_weight=0.5)
     # A float32 student with teachers of other types, and one teacher whose hidden states and head differ.
     case.teacher_weight = [
         quantize_weight(w) if head == "8-bit" else w.to(getattr(torch, head)) for w in case.teacher_weight
@@ -168,7 +169,8 @@ def test_heads_of_any_dtype(backend: str, dtype: torch.dtype, head: str) -> None
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_heads_of_250002_classes(backend: str, bias: bool) -> None:
-    make_linear_case(3, 250_002, widths=(4, 6), bias=bias, special_rows=False, ce_weight=0.3).check(backend)
+    n = 1 if is_interpreted(backend) else 3
+    make_linear_case(n, 250_002, widths=(4, 6), bias=bias, special_rows=False, ce_weight=0.3).check(backend)
 
 
 def test_float64_goes_through_the_reference() -> None:
@@ -385,6 +387,8 @@ def test_no_gradient_wanted_none_computed(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(backend: str) -> None:
     # Row after row into bfloat16 would stop growing after 2^8 rows.
+    if is_interpreted(backend):
+        pytest.skip("on a CPU the sums do not depend on the backend")
     case = make_linear_case(600, 5, dtype=torch.bfloat16, widths=(8,), special_rows=False, reduction="sum")
     case.hidden, case.teacher_hidden = case.hidden[:1].expand(600, 8), [case.teacher_hidden[0][:1].expand(600, 8)]
     case.labels = None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import available_backends, is_interpreted
 from numerics import IGNORED, UNLABELED, Case, assert_within_budget, make_case
 
 from amtss_fast import AMTSSLoss, AMTSSStats, amtss_loss
@@ -146,6 +147,9 @@ def test_ce_alone_is_cross_entropy(backend: str) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("n", "c", "k"), [(33, 2, 2), (65, 3, 3), (40, 33, 5), (19, 1000, 3), (5, 5003, 2)])
 def test_budget(backend: str, options: dict[str, Any], n: int, c: int, k: int) -> None:
+    if is_interpreted(backend) and c >= 1000:
+        # A program takes one row of these.
+        n = 2
     case = make_case(n, c, k, **options)
     assert_within_budget(case.run(backend), case)
     case = make_case(n, c, k, masked=True, weighted=True, seed=1, **options)
@@ -153,30 +157,39 @@ def test_budget(backend: str, options: dict[str, Any], n: int, c: int, k: int) -
     assert_within_budget(case.run(backend, grad_output), case, grad_output)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "teacher_dtypes",
-    [[torch.float32] * 3, [torch.bfloat16] * 3, [torch.float32, torch.bfloat16, torch.float16]],
-)
-@pytest.mark.parametrize("c", [3, 517, 3001])
+def mixed_types() -> list[Any]:
+    """All combinations; in Triton's interpreter those of an orthogonal array, in which each two values meet."""
+    teachers = ([torch.float32] * 3, [torch.bfloat16] * 3, [torch.float32, torch.bfloat16, torch.float16])
+    sizes, dtypes = (3, 517, 3001), (torch.float32, torch.bfloat16, torch.float16)
+    places = itertools.product(range(len(WEIGHTINGS)), range(3), range(3), range(3))
+    return [
+        (backend, WEIGHTINGS[w], dtypes[d], teachers[t], sizes[c])
+        for backend, (w, d, t, c) in itertools.product(available_backends(), places)
+        if not is_interpreted(backend) or (t, c) == ((w + d) % 3, (w + 2 * d) % 3)
+    ]
+
+
+@pytest.mark.parametrize(("backend", "weighting", "dtype", "teacher_dtypes", "c"), mixed_types())
 def test_budget_of_mixed_types(
     backend: str, weighting: str, dtype: torch.dtype, teacher_dtypes: list[torch.dtype], c: int
 ) -> None:
-    case = make_case(21, c, 3, dtype=dtype, teacher_dtypes=teacher_dtypes, weighting=weighting, ce_weight=0.5)
+    n = 3 if is_interpreted(backend) and c > 3 else 21
+    case = make_case(n, c, 3, dtype=dtype, teacher_dtypes=teacher_dtypes, weighting=weighting, ce_weight=0.5)
     assert_within_budget(case.run(backend), case)
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 17, 64])
 @pytest.mark.parametrize("c", [3, 300])
 def test_budget_of_many_teachers(backend: str, k: int, c: int) -> None:
-    case = make_case(18, c, k, ce_weight=0.2)
+    n = 3 if is_interpreted(backend) and c > 3 else 18
+    case = make_case(n, c, k, ce_weight=0.2)
     assert_within_budget(case.run(backend), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_budget_at_250002_classes(backend: str, dtype: torch.dtype) -> None:
-    case = make_case(2, 250_002, 2, dtype=dtype, special_rows=False, ce_weight=0.5, label_smoothing=0.1)
+    n = 1 if is_interpreted(backend) else 2
+    case = make_case(n, 250_002, 2, dtype=dtype, special_rows=False, ce_weight=0.5, label_smoothing=0.1)
     assert_within_budget(case.run(backend), case)
 
 
@@ -467,7 +480,8 @@ def test_splitting_a_batch_changes_nothing(backend: str, splits: tuple[int, ...]
 
 
 def test_a_scaled_float16_loss_does_not_underflow(backend: str) -> None:
-    case = make_case(64, 20_000, 1, dtype=torch.float16, special_rows=False, spread=0.5)
+    n = 4 if is_interpreted(backend) else 64
+    case = make_case(n, 20_000, 1, dtype=torch.float16, special_rows=False, spread=0.5)
     scale = torch.tensor(2.0**20)
     result = case.run(backend, scale)
     exact = case.exact(scale)
