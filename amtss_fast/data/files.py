@@ -15,7 +15,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 
+from amtss_fast._system.memory import available
 from amtss_fast.data.arrow import plain_table, table_of
 from amtss_fast.data.lines import json_rows, read_lines
 from amtss_fast.errors import UserError
@@ -27,6 +29,8 @@ SAVED = "state.json"
 SAVED_SPLITS = "dataset_dict.json"
 # Rows of a text file that are read at once.
 _CHUNK = 50_000
+# Rows of a Parquet file that are read at once.
+_BATCH = 16_384
 # `"he said ""hi"" to me"`: a text with quotes, as a CSV has it.
 _QUOTED = re.compile(r'"[^"]*(""[^"]*)+"')
 
@@ -74,10 +78,32 @@ def _check_names(names: Sequence[str], origin: str) -> None:
 def _read_parquet(file: Path) -> pa.Table:
     # `read_table` would take columns from names of folders such as `label=1`.
     with pa.parquet.ParquetFile(file) as source:
-        table = source.read()
+        table = pa.Table.from_batches(_bounded(source, file), source.schema_arrow)
     # Arrow checks neither UTF-8 nor offsets when it reads.
     table.validate(full=True)
     return table
+
+
+def _bounded(source: pa.parquet.ParquetFile, file: Path) -> Iterator[pa.RecordBatch]:
+    """The rows as long as there is memory for them: a few bytes may stand for any number of rows."""
+    declared, free = source.metadata, available(torch.device("cpu"))
+    groups = [declared.row_group(i) for i in range(declared.num_row_groups)]
+    # Sizes may lie, and equal values take no space in the file, but in memory each has a bit at least.
+    least = max(sum(group.total_byte_size for group in groups), declared.num_rows * declared.num_columns // 8)
+    _check_fits(file, declared, least, free)
+    size = 0
+    for batch in source.iter_batches(_BATCH):
+        size += batch.nbytes
+        _check_fits(file, declared, size, free)
+        yield batch
+
+
+def _check_fits(file: Path, declared: pa.parquet.FileMetaData, size: int, free: int) -> None:
+    if size > free:
+        raise UserError(
+            f"{file} does not fit into memory: {declared.num_rows:,} rows of {declared.num_columns} columns, "
+            f"at least {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        )
 
 
 def _read_saved(folder: Path) -> pa.Table:

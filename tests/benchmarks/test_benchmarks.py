@@ -277,11 +277,10 @@ def test_bench_train(tmp_path: Path) -> None:
 
 
 def test_long_runs() -> None:
-    script = SCRIPT.with_name("long_runs.py")
-    for options in (["--parts", "loss", "--steps", "300"], ["--parts", "cached", "--steps", "20"]):
-        done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"| {options[1]} |") == 10
+    command = [sys.executable, str(SCRIPT.with_name("long_runs.py")), "--parts", "cached", "--steps", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| cached |") == 10
 
 
 def test_what_grows_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,5 +290,6 @@ def test_what_grows_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     # What the first steps take is no growth.
     assert bench.growth([flat[0]._replace(rss=10, files=3, threads=1), *flat[1:]]) == []
     assert bench.growth([*flat[:9], flat[9]._replace(rss=508_000_000)]) == ["memory by 8.0 MB"]
+    assert bench.growth(bench.measure("loss", 300)) == []
     found = bench.growth([*flat[:5], flat[5]._replace(files=13, threads=9), *flat[6:]])
     assert found == ["files from 12 to 13", "threads from 7 to 9"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import yaml
 
 from amtss_fast.errors import UserError
 from amtss_fast.training.evaluation import STUDENT
+
+# Bytes of a file, which is read whole.
+_MOST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,24 @@ def read_run(run_dir: str | Path) -> RunRecord:
     if (path / "config.yaml").exists():
         config = _read_text(path / "config.yaml")
         try:
-            yaml.safe_load(config)
-        except yaml.YAMLError as error:
+            # The page shows the text. Values are not made of it, because merge keys may multiply them.
+            yaml.compose(config, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{path / 'config.yaml'} is not YAML: {error}") from error
     elif "config" in metrics:
-        config = yaml.safe_dump(metrics["config"], sort_keys=False, allow_unicode=True)
+        try:
+            config = yaml.safe_dump(metrics["config"], sort_keys=False, allow_unicode=True)
+        except RecursionError as error:
+            raise UserError(f"{path / 'metrics.json'}: 'config' is nested too deep") from error
     return RunRecord(path, metrics, log, config)
 
 
 def read_metrics(path: str | Path) -> dict[str, Any]:
     """Reads and checks a metrics.json; raises as :func:`read_run`."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {path.parent} is not the folder of a run")
-    try:
-        metrics = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    metrics = _parse(_read_text(path), str(path))
     try:
         check_metrics(metrics)
     except UserError as error:
@@ -90,28 +95,46 @@ def check_metrics(metrics: Any) -> None:
             raise UserError(f"{name!r} is an object, not {metrics[name]!r}")
     for name in ("seconds", "sizes"):
         for key, value in metrics.get(name, {}).items():
-            if not is_number(value):
+            if not is_number(value) or not math.isfinite(value):
                 raise UserError(f"{name!r} of {key!r} is a number, not {value!r}")
+    for what, codes in metrics.get("teacher_languages", {}).items():
+        if not isinstance(codes, list) or not all(isinstance(code, str) for code in codes):
+            raise UserError(f"'teacher_languages' of {what!r} is a list of strings, not {codes!r}")
+    if not isinstance(metrics.get("label_names") or [], list):
+        raise UserError(f"'label_names' is a list, not {metrics['label_names']!r}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an integer or a float, NaN and infinity included."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is an integer of 64 bits or a float, NaN and infinity included."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return -(1 << 63) <= value < 1 << 63
+    return isinstance(value, float)
 
 
 def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} is no file")
+    if path.stat().st_size > _MOST:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than a run writes")
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
 
 
-def _log_entry(line: str, origin: str) -> dict[str, Any]:
+def _parse(text: str, origin: str) -> Any:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+        # Half of a surrogate pair cannot be written to the page.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{origin} is not JSON: {error}") from error
-    if not isinstance(entry, dict) or not is_number(entry.get("step")):
+    return value
+
+
+def _log_entry(line: str, origin: str) -> dict[str, Any]:
+    entry = _parse(line, origin)
+    if not isinstance(entry, dict) or not is_number(entry.get("step")) or not math.isfinite(entry["step"]):
         raise UserError(f"{origin} has no number 'step': {line.strip()[:80]}")
     for name in ("teacher_weight", "teacher_margin", "teacher_importance"):
         table = entry.get(name, {})
@@ -132,3 +155,5 @@ def _check_result(system: str, result: Any, languages: list[str]) -> None:
         accuracy = cell.get("accuracy") if isinstance(cell, Mapping) else None
         if accuracy is None or not is_number(accuracy) or not 0 <= accuracy <= 1:
             raise UserError(f"accuracy of {system!r} in {code!r} is in [0, 1], not {accuracy!r}")
+        if not is_number(cell.get("count", 0)) or cell.get("count", 0) < 0:
+            raise UserError(f"count of {system!r} in {code!r} is a number of texts, not {cell['count']!r}")
