@@ -26,7 +26,8 @@ def documented(what: str, errors: type[Exception] | tuple[type[Exception], ...],
     try:
         yield
     except errors as error:
-        assert any(name in str(error) for name in names), f"none of {names} is named in {error!r}"
+        if not any(name in str(error) for name in names):
+            raise AssertionError(f"none of {names} is named in {error!r}") from error
         outcome(what, type(error).__name__)
     else:
         outcome(what)

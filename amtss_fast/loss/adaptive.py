@@ -32,12 +32,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from amtss_fast.loss.checks import values_are_free
 from amtss_fast.loss.contract import AMTSSStats
 
 # exp(-30) is negligible in float32; a log-probability of -inf is replaced by this.
 _LEAST_MARGIN = -30.0
 # Rows of equal shares that are added to those seen, so that no data gives uniform importance.
 _EQUAL_ROWS = 1.0
+# Larger bounds than this, which float32 holds, have no effect.
+_UNBOUNDED = 1e30
+# Quotients by smaller temperatures would be infinite.
+_LEAST_TEMPERATURE = 1e-18
 # Steps of expectation maximisation over held-out rows.
 _START_STEPS = 50
 
@@ -54,9 +59,9 @@ class AdaptiveStrategy:
     Args:
         n_teachers: K.
         n_languages: L; `language_ids` are in [0, L).
-        importance_temperature: > 0; small values favor the best teacher of each row, inf is uniform. None: off,
+        importance_temperature: >= 1e-18; small values favor the best teacher of each row, inf is uniform. None: off,
             importance exactly 1.
-        gap_temperature: > 0; small values favor the languages that lag behind, inf is uniform. None: off,
+        gap_temperature: >= 1e-18; small values favor the languages that lag behind, inf is uniform. None: off,
             weights exactly 1.
         floor: in [0, 1 / K]: the smallest share of a teacher before normalization.
         max_weight: >= 1, bounds the language weights.
@@ -64,6 +69,7 @@ class AdaptiveStrategy:
         process_group: the processes that share one state; default: all, where `torch.distributed` is initialized.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an argument outside its range.
     """
 
@@ -80,9 +86,13 @@ class AdaptiveStrategy:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         for name, number in (("n_teachers", n_teachers), ("n_languages", n_languages)):
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{name} must be an integer, got {number!r}")
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         check_adaptive_options(importance_temperature, gap_temperature)
+        for name, value in (("floor", floor), ("max_weight", max_weight), ("memory", memory)):
+            _check_number(name, value)
         if not 0 <= floor <= 1 / n_teachers:
             raise ValueError(f"floor must be in [0, 1 / {n_teachers}] for {n_teachers} teachers, got {floor}")
         if not 1 <= max_weight < math.inf:
@@ -125,7 +135,8 @@ class AdaptiveStrategy:
                 only measure how certain a teacher is, and a wrong teacher may be certain.
 
         Raises:
-            ValueError: a shape that does not fit.
+            TypeError: ids or masks of another type.
+            ValueError: a shape that does not fit, or an id that is no language.
         """
         margins = torch.cat([stats.margins, stats.student_margin.unsqueeze(0)])
         self._note(*self._rows_of(margins, language_ids, teacher_mask, row_mask))
@@ -165,16 +176,18 @@ class AdaptiveStrategy:
         means = (self._means * self._counts + sums) / total.clamp(min=1)
         self._means = torch.where(counts > 0, means, self._means)
         self._shares = (self._shares * self._counts[:-1] + shares) / total[:-1].clamp(min=1)
-        self._counts = total.clamp(max=self.memory)
+        self._counts = total.clamp(max=min(self.memory, _UNBOUNDED))
         self._rows = self._rows + counts[-1]
         self._cache = None
 
     def teacher_prior(self, language_ids: Tensor) -> Tensor:
         """[K, N]: the importance of each teacher in the language of each row; ones when it is off."""
+        self._check_ids(language_ids)
         return self.importance.to(language_ids.device)[:, language_ids]
 
     def sample_weight(self, language_ids: Tensor) -> Tensor:
         """[N]: the weight of the language of each row; ones when it is off."""
+        self._check_ids(language_ids)
         return self.language_weight.to(language_ids.device)[language_ids]
 
     @property
@@ -227,10 +240,25 @@ class AdaptiveStrategy:
         )
         self._pending = self._cache = None
 
+    def _check_ids(self, language_ids: Tensor) -> None:
+        """Raise for what is no language: a negative id would count from the end."""
+        if not isinstance(language_ids, Tensor):
+            raise TypeError(f"language_ids must be a tensor, got {type(language_ids).__name__}")
+        if language_ids.dtype != torch.int64:
+            raise TypeError(f"language_ids must be int64, got {language_ids.dtype}")
+        if language_ids.dim() != 1:
+            raise ValueError(f"language_ids must be [N], got shape {list(language_ids.shape)}")
+        if values_are_free(language_ids) and language_ids.numel() > 0:
+            low, high = (int(x) for x in language_ids.aminmax())
+            if low < 0 or high >= self.n_languages:
+                wrong = low if low < 0 else high
+                raise ValueError(f"language_ids must be in [0, {self.n_languages}), found {wrong}")
+
     def _rows_of(
         self, margins: Tensor, language_ids: Tensor, teacher_mask: Tensor | None, row_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Margins [K + 1, N], 0 where they do not count; which count [K + 1, N]; the languages one-hot [N, L]."""
+        self._check_ids(language_ids)
         n_rows = len(language_ids)
         if margins.shape != (self.n_teachers + 1, n_rows):
             raise ValueError(
@@ -288,9 +316,10 @@ class AdaptiveStrategy:
         known = (self._counts[-1] > 0) & (self.teacher_rows > 0).any(0)
         rows = (self._rows * known).float()
         weight = ((gap - gap.max()) / self.gap_temperature).exp()
+        most = min(self.max_weight, _UNBOUNDED)
         for _ in range(2):
             weight = weight * rows.sum() / (weight * rows).sum().clamp(min=1e-30)
-            weight = weight.clamp(1 / self.max_weight, self.max_weight)
+            weight = weight.clamp(1 / most, most)
         weight = weight * rows.sum() / (weight * rows).sum().clamp(min=1e-30)
         return torch.where(known, weight, ones)
 
@@ -301,14 +330,25 @@ class AdaptiveStrategy:
 
 
 def check_adaptive_options(importance_temperature: float | None, gap_temperature: float | None) -> None:
-    """Raise ValueError for a temperature that is not above 0."""
+    """Raise TypeError or ValueError for a temperature that is no number above 0."""
     for name, value in (("importance_temperature", importance_temperature), ("gap_temperature", gap_temperature)):
+        if value is not None:
+            _check_number(name, value)
         # Written so that NaN is wrong too.
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0 (inf: uniform), or None for off; got {value}")
+        if value is not None and value < _LEAST_TEMPERATURE:
+            raise ValueError(f"{name} must be at least {_LEAST_TEMPERATURE}, got {value}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _shaped(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if mask.shape != shape or mask.dtype != torch.bool:
         raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
     return mask

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from amtss_fast.loss import ops
-from amtss_fast.loss.checks import as_num_items, check_logits, check_rows, check_special_labels
+from amtss_fast.loss.checks import as_num_items, check_logits, check_quantized, check_rows, check_special_labels
 from amtss_fast.loss.contract import LossInputs
 from amtss_fast.loss.logits import QuantizedLogits
 from amtss_fast.loss.options import LossKeywords, make_options, shows_options
@@ -51,7 +51,7 @@ def amtss_loss(
         teacher_logits: [K, N, C], or a sequence of K tensors [N, C] (never copied into a stack), or
             :class:`QuantizedLogits` in their place. Each may have its own floating dtype.
         labels: [N] int64, or None for a batch without labels.
-        temperature: tau > 0, of student and teachers.
+        temperature: tau in [1e-18, 1e18], of student and teachers.
         weighting: the margin that weighs the teachers, see above.
         weight_temperature: beta in [0, inf]. 0 gives all weight to the max-margin teacher (the first of equal ones),
             inf ignores the margins.
@@ -59,7 +59,7 @@ def amtss_loss(
         teacher_mask: [K, N] bool; False: this teacher does not teach this row, its logits there are unused. None: all
             True.
         sample_weight: r, [N] float >= 0; 0 takes a row out of the sum, but it still counts in the mean. None: ones.
-        kd_weight, ce_weight: >= 0, not both 0; a term of weight 0 is not computed.
+        kd_weight, ce_weight: >= 0, not both 0; a term of weight 0 is not computed. kd_weight tau² must fit a float32.
         label_smoothing: of the cross entropy, in [0, 1).
         ignore_index: rows with this label are dropped: no loss, no gradient, not counted.
         unlabeled_index: rows with this label have no label: in the margins of each teacher y is its own largest class,
@@ -172,6 +172,9 @@ def _unpack(
     if all(isinstance(t, Tensor) for t in teacher_logits):
         return list(teacher_logits), [], []
     quantized = [t if isinstance(t, QuantizedLogits) else None for t in teacher_logits]
+    for k, codes in enumerate(quantized):
+        if codes is not None:
+            check_quantized(f"teacher_logits[{k}]", codes._asdict())
     return (
         [t.codes if isinstance(t, QuantizedLogits) else t for t in teacher_logits],
         [None if t is None else t.row_max for t in quantized],

@@ -6,8 +6,9 @@ where reading them does not wait.
 
 from __future__ import annotations
 
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -49,12 +50,24 @@ def check_logits(
             raise RuntimeError(
                 f"teacher_logits[{k}] is on {teacher.device}, student_logits on {device}: move one of them"
             )
-        if not teacher.is_floating_point() and not (row_max and row_max[k] is not None):
+        quantized = bool(row_max) and row_max[k] is not None
+        if quantized and teacher.dtype != torch.uint8:
+            raise TypeError(f"teacher_logits[{k}].codes must be uint8, got {teacher.dtype}")
+        if not teacher.is_floating_point() and not quantized:
             raise TypeError(f"teacher_logits[{k}] must be floating or QuantizedLogits, got {teacher.dtype}")
     for name, scales in (("row_max", row_max), ("step", step)):
         for k, values in enumerate(scales):
             if values is not None:
                 check_tensor(f"teacher_logits[{k}].{name}", values, "student_logits", device, [(shape[0],)])
+                if not values.is_floating_point():
+                    raise TypeError(f"teacher_logits[{k}].{name} must be floating, got {values.dtype}")
+
+
+def check_quantized(name: str, fields: Mapping[str, object]) -> None:
+    """Raise TypeError where a field of quantized logits or weights is no tensor."""
+    for field, value in fields.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}.{field} must be a tensor, got {type(value).__name__}")
 
 
 def check_special_labels(options: LossOptions, n_classes: int) -> None:
@@ -123,11 +136,17 @@ def as_num_items(num_items: int | float | Tensor | None, reduction: str, device:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {list(num_items.shape)}")
+        if num_items.is_complex():
+            raise TypeError(f"num_items must be real, got {num_items.dtype}")
+        if num_items.is_meta and device.type != "meta":
+            raise RuntimeError(f"num_items is on meta, without a value; the logits are on {device}")
         # Trainers count on the CPU or on the device of the labels; one number may cross over.
         return num_items.detach().reshape(()).to(device, torch.float64)
-    if not num_items > 0:
-        raise ValueError(f"num_items must be positive, got {num_items}")
-    return torch.full((), num_items, dtype=torch.float64, device=device)
+    if not isinstance(num_items, (int, float, numbers.Real)):
+        raise TypeError(f"num_items must be a number or a 0-d tensor, got {num_items!r}")
+    if not torch.compiler.is_compiling():
+        check_num_items(num_items)
+    return torch.full((), float(num_items), dtype=torch.float64, device=device)
 
 
 def values_are_free(tensor: Tensor) -> bool:
@@ -150,8 +169,18 @@ def check_values(inputs: LossInputs, options: LossOptions) -> None:
             wrong = ~((weight >= 0) & (weight < float("inf")))
             if wrong.any():
                 raise_weight(name, float(weight[wrong][0]))
-    if num_items is not None and not 0 < float(num_items) < float("inf"):
-        raise ValueError(f"num_items must be positive and finite, got {float(num_items)}")
+    if num_items is not None:
+        check_num_items(float(num_items))
+
+
+def check_num_items(num_items: float) -> None:
+    """Raise ValueError unless the sum of a loss can be divided by it."""
+    # Written so that NaN is wrong too.
+    if not num_items > 0:
+        raise ValueError(f"num_items must be positive, got {num_items}")
+    # Its reciprocal is a factor of the gradient, in float32.
+    if not 1e-30 <= num_items <= 1e30:
+        raise ValueError(f"num_items must be positive and finite, in [1e-30, 1e30], got {num_items}")
 
 
 def raise_label(label: int, row: int, n_classes: int, options: LossOptions) -> NoReturn:

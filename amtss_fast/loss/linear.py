@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from amtss_fast.loss import linear_ops
-from amtss_fast.loss.checks import as_num_items, check_rows, check_special_labels, check_tensor
+from amtss_fast.loss.checks import as_num_items, check_quantized, check_rows, check_special_labels, check_tensor
 from amtss_fast.loss.logits import QuantizedWeight
 from amtss_fast.loss.options import LossKeywords, make_options, shows_options
 
@@ -102,7 +102,9 @@ def linear_amtss_loss(
         "student_hidden", labels, teacher_prior, teacher_mask, sample_weight, n_rows, len(hidden), device
     )
     check_special_labels(chosen, n_classes)
-    if chunk_rows is not None and chunk_rows < 1:
+    if chunk_rows is not None and not isinstance(chunk_rows, int):
+        raise TypeError(f"chunk_rows must be an integer or None, got {chunk_rows!r}")
+    if chunk_rows is not None and not 1 <= chunk_rows < 2**63:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
     inputs = linear_ops.LinearInputs(
@@ -137,6 +139,9 @@ def _unpack(
     for name, values in (("teacher_weight", weight), ("teacher_bias", bias)):
         if len(values) != len(hidden):
             raise ValueError(f"{name} must hold one entry for each of {len(hidden)} teachers, got {len(values)}")
+    for k, head in enumerate(weight):
+        if isinstance(head, QuantizedWeight):
+            check_quantized(f"teacher_weight[{k}]", head._asdict())
     scale = [w.scale if isinstance(w, QuantizedWeight) else None for w in weight]
     weight = [w.codes if isinstance(w, QuantizedWeight) else w for w in weight]
     return _detached(hidden), _detached(weight), scale, _detached(bias)

@@ -17,7 +17,7 @@ from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype,
 from amtss_fast.loss.head import Head, Scratch, default_chunk_rows, padded_classes
 from amtss_fast.loss.ops import empty_stats, scale_saved_gradient, schema_of, use_one_thread_after_fork
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
-from amtss_fast.loss.registry import choose_backend
+from amtss_fast.loss.registry import check_name, choose_backend
 
 
 class LinearInputs(NamedTuple):
@@ -319,6 +319,7 @@ def run(
     inputs: LinearInputs, options: LossOptions, *, chunk_rows: int | None, need_stats: bool, backend: str | None
 ) -> tuple[Tensor, AMTSSStats | None]:
     """The loss, with gradients for what needs them, and with `need_stats` the stats."""
+    check_name(backend)
     student, others, values = inputs[:3], inputs[3:], options.values()
     needs = Needs(*(tensor is not None and tensor.requires_grad for tensor in student))
     if torch.is_grad_enabled() and any(needs):

@@ -13,6 +13,7 @@ _LARGEST = 254
 # Logits further below the largest of their row are raised to this distance. A smaller range would cut off classes that
 # matter at high temperatures, a larger one would give coarser steps at temperature 1.
 _RANGE = 66.0
+_LARGEST_SCALE = torch.finfo(torch.float32).max / 127 * (1 - 2**-23)
 
 
 class QuantizedLogits(NamedTuple):
@@ -51,6 +52,8 @@ def quantize_logits(logits: Tensor) -> QuantizedLogits:
     Raises:
         TypeError, ValueError: not floating, or not [N, C].
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
@@ -100,10 +103,14 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
     Raises:
         TypeError, ValueError: not floating, not [C, H], or not finite.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be [C, H] with C, H >= 1, got shape {list(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight must have values to be quantized, but it is on the device meta")
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), device=weight.device)
     # Blocks of classes: a head has gigabytes, and its float32 copy would have four times as many as the codes.
@@ -112,6 +119,8 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
         torch.div(values.abs().amax(-1), 127, out=scale_)
         if not scale_.isfinite().all():
             raise ValueError("weight must be finite to be quantized, found NaN or infinity")
-        # A class of zeros has scale 0 and codes 0.
-        codes_.copy_((values / scale_.unsqueeze(-1)).nan_to_num(0.0).round())
+        # 127 times the scale of the largest float32 would be rounded to infinity.
+        scale_.clamp_(max=_LARGEST_SCALE)
+        # A class of zeros has scale 0 and codes 0, as one whose scale is too small for a float32.
+        codes_.copy_((values / scale_.unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127))
     return QuantizedWeight(codes, scale)

@@ -19,7 +19,7 @@ from amtss_fast._compat.torch import backward_keeps_graph, dispatcher_is_watched
 from amtss_fast.loss.checks import check_values, values_are_free
 from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, accumulation_dtype, gradient_dtype
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
-from amtss_fast.loss.registry import best_backend, choose_backend
+from amtss_fast.loss.registry import best_backend, check_name, choose_backend
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -174,6 +174,7 @@ def run(
     inputs: LossInputs, options: LossOptions, *, need_stats: bool, backend: str | None
 ) -> tuple[Tensor, AMTSSStats | None]:
     """The loss, with a gradient where the student's logits need one, and with `need_stats` the stats."""
+    check_name(backend)
     student_logits = inputs.student_logits
     need_grad = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():

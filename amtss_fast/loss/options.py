@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
@@ -26,6 +26,10 @@ IGNORE_INDEX = -100
 """The label of rows that are dropped, as in torch and transformers."""
 UNLABELED_INDEX = -1
 """The label of rows that have none: they are distilled all the same."""
+
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-18, 1e18
+"""Its square, a factor of the loss, is a float32 that is neither 0 nor infinite."""
+_LARGEST = torch.finfo(torch.float32).max
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -70,13 +74,18 @@ class LossOptions:
             value = getattr(self, name)
             if not isinstance(value, (float, int, numbers.Real)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, _as_float(name, value))
         for name in ("ignore_index", "unlabeled_index"):
             if not isinstance(getattr(self, name), (int, numbers.Integral)):
                 raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
+            if not -(2**63) <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} must fit 64 bits, got {getattr(self, name)}")
         # Written so that NaN is wrong too.
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not LEAST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:
+            allowed = f"[{LEAST_TEMPERATURE}, {LARGEST_TEMPERATURE}]"
+            raise ValueError(f"temperature must be in {allowed}, got {self.temperature}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
         if not self.weight_temperature >= 0:
@@ -84,6 +93,10 @@ class LossOptions:
         for name in ("kd_weight", "ce_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+            factor = max(1.0, self.temperature**2) if name == "kd_weight" else 1.0
+            # Sums are in float32, where an infinite factor would make NaN of finite logits.
+            if getattr(self, name) > _LARGEST / factor:
+                raise ValueError(f"{name} must be at most {_LARGEST / factor:.3g}, got {getattr(self, name)}")
         if self.kd_weight == 0 and self.ce_weight == 0:
             raise ValueError("kd_weight and ce_weight must not both be 0")
         if not 0 <= self.label_smoothing < 1:
@@ -105,12 +118,22 @@ class LossOptions:
 OPTION_NAMES: tuple[str, ...] = tuple(f.name for f in fields(LossOptions))
 _FLOATS = tuple(f.name for f in fields(LossOptions) if f.type == "float")
 
-_remembered = functools.lru_cache(maxsize=1024)(LossOptions)
+# By type too: 1.0 is no integer, though it equals 1.
+_remembered = functools.lru_cache(maxsize=1024, typed=True)(LossOptions)
+
+
+def _as_float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer that no float holds") from None
 
 
 def make_options(keywords: LossKeywords) -> LossOptions:
     """The options of a call. In a loop they are the same at each step: checked once, then remembered."""
-    return LossOptions(**keywords) if torch.compiler.is_compiling() else _remembered(**keywords)
+    # What cannot be remembered, a list say, is no option: its error names it.
+    remembers = not torch.compiler.is_compiling() and all(isinstance(value, Hashable) for value in keywords.values())
+    return _remembered(**keywords) if remembers else LossOptions(**keywords)
 
 
 def shows_options(function: _Function) -> _Function:

@@ -37,6 +37,14 @@ def why_missing(name: str) -> str | None:
     return find_backend(name).why_missing()
 
 
+def check_name(name: str | None) -> None:
+    """Raise TypeError or ValueError for what is no name of a backend."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"backend must be one of {sorted(BACKENDS)} or None, got {name!r}")
+    if name is not None and name not in BACKENDS:
+        find_backend(name)
+
+
 def choose_backend(name: str | None, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Backend:
     """The backend of that name, or without a name the first one of the device that runs these tensors.
 

@@ -24,6 +24,7 @@ constexpr int W = 4;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef double vd __attribute__((vector_size(8 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
 typedef int16_t vs16 __attribute__((vector_size(4 * W)));
 typedef uint8_t vu8 __attribute__((vector_size(W)));
@@ -230,9 +231,9 @@ inline vf widen_bf16(vu16 h) { return (vf)(__builtin_convertvector(h, vi) << 16)
 
 // Rounds to nearest, ties to even. NaN stays NaN.
 inline vu16 narrow_bf16(vf x) {
-    const vi bits = (vi)x;
-    const vi rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const vi kept = x == x ? rounded : bits | 0x400000;
+    // Unsigned: the sum may go beyond the largest signed integer, for a NaN.
+    const vu bits = (vu)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const vu kept = x == x ? rounded : bits | 0x400000;
     return __builtin_convertvector(kept >> 16, vu16);
 }
 

@@ -143,7 +143,9 @@ def _weights(margins: Tensor, prior: Tensor, teaches: Tensor, weight_temperature
         score = margins.clamp(min=torch.finfo(margins.dtype).min).where(teaches, float("-inf"))
         best = torch.nn.functional.one_hot(score.argmax(0), margins.shape[0]).T  # [K, N]
         return best.to(margins.dtype).where(teaches, 0.0)
-    score = margins / weight_temperature if weight_temperature < float("inf") else torch.zeros_like(margins)
+    # Numbers that float32 would round to 0 or infinity, as in the other backends.
+    beta = max(weight_temperature, 1e-30)
+    score = margins / beta if beta <= torch.finfo(torch.float32).max else torch.zeros_like(margins)
     score = score.where(teaches, float("-inf"))
     top = score.amax(0)
     # Equal scores differ by 0, also where both are -inf.
