@@ -33,6 +33,7 @@ TRAINER_METHODS: Mapping[str, tuple[str, ...]] = {
     "_get_num_items_in_batch": ("batch_samples", "device"),
     "_prepare_inputs": ("inputs",),
     "_get_grad_norm": ("model", "grad_norm"),
+    "_save_rng_state": ("output_dir",),
 }
 """Private methods of `transformers.Trainer` that this package calls or overrides, with their parameters after self."""
 

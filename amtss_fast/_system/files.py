@@ -48,7 +48,8 @@ def names_file(file: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_DISKS or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        # Arrow has words of its own for it.
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
     except Exception as error:
         full = "No space left" in str(error) or ("inline_container" in str(error) and _free(file) < _FULL)
         if not full:

@@ -54,12 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if chosen.trace:
             raise
+        # Ctrl-C also stops `| tee log`.
+        hang_up()
         return interrupted(stop, name, getattr(command, "INTERRUPTED", ""))
     except Exception as error:
         if chosen.trace or not can_be_mended(error):
             raise
-        closed = hang_up() if isinstance(error, BrokenPipeError) else None
-        return say(f"{name}: {message_of(error)}", 2) if closed is None else closed
+        closed = hang_up()
+        if closed is not None and isinstance(error, BrokenPipeError):
+            return closed
+        return say(f"{name}: {message_of(error)}", 2)
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import select
 import signal
@@ -62,15 +64,26 @@ def interrupted(stop: KeyboardInterrupt, command: str, advice: str) -> int:
 
 
 def hang_up() -> int | None:
-    """The exit status if the reader of the output has gone; None if there still is one."""
+    """Gives up outputs that cannot be written any more; the exit status if a reader has gone, None if none has.
+
+    What is left for such an output would fail once more when Python ends.
+    """
     status = None
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            place = stream.fileno()
-            poll = select.poll()
-            poll.register(place, select.POLLOUT)
-            if any(event & select.POLLERR for _, event in poll.poll(0)):
-                # What is left would fail once more when Python ends.
+        with contextlib.suppress(ValueError, AttributeError):
+            try:
+                place = stream.fileno()
+                stream.flush()
+                # An output without a buffer has nothing left that could fail: the system knows that the reader is gone.
+                poll = select.poll()
+                poll.register(place, select.POLLOUT)
+                gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+            except io.UnsupportedOperation:
+                continue
+            except OSError as error:
+                gone = error.errno == errno.EPIPE
+                os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+            if gone:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), place)
                 status = 128 + signal.SIGPIPE
     return status

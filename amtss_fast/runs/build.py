@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,9 @@ def train(setup: Setup, trainer: AMTSSTrainer) -> None:
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         print(f"\nTraining {folder.name}: {texts}, {size}", flush=True)
     checkpoint = last_checkpoint(folder, trainer.args.world_size) if setup.resume else None
+    if trainer.is_world_process_zero():
+        for torn in (path for path in _checkpoints(folder) if not _is_whole(path)):
+            shutil.rmtree(torn)
     try:
         with names_file(folder):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -198,8 +202,7 @@ def last_checkpoint(folder: Path, processes: int) -> Path | None:
     Raises:
         UserError: it was written by another number of processes, whose batches were others.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+    for path in _checkpoints(folder):
         # One file of each process. There is none where `save_only_model` leaves out what a training needs to go on.
         writers = len(list(path.glob("rng_state*.pth")))
         if not writers or not _is_whole(path):
@@ -211,6 +214,12 @@ def last_checkpoint(folder: Path, processes: int) -> Path | None:
             )
         return path
     return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints, the last one first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -52,7 +52,6 @@ def distil(config: RunConfig, *, overwrite: bool = False, resume: bool = False) 
     here = config.model_copy(update={"output_dir": str(folder.path)})
     setup, processes = prepare(here, resume=resume), PartialState()
     teachers_in_turns(setup, len(config.teachers))
-    folder.check(overwrite=overwrite, resume=resume)
     # Cached logits take the place of the teachers.
     checked = check_run(setup, ask_teachers=config.teacher_cache is None)
     if processes.is_main_process:
@@ -99,12 +98,14 @@ def _train_student(setup: Setup, teachers: Teachers, plan: MemoryPlan | None) ->
     if plan is not None:
         forget_peak(setup.device)
     trainer = make_trainer(setup, model, setup.student_data(), teachers, arguments, setup.languages)
-    train(setup, trainer, target)
+    train(setup, trainer)
+    # The student is kept last: a run that goes on does not train it again, and has its log and its plan.
     if plan is not None:
         plan = replace(plan, measured=peak(setup.device))
         setup.folder.write_plan(plan)
     if trainer.is_world_process_zero():
         setup.folder.write_log(trainer.state.log_history)
+    setup.folder.keep_model(trainer, target)
     return model, plan
 
 
@@ -118,7 +119,9 @@ def _train_labels_only(setup: Setup) -> Any:
     options = labels_only_options(setup.config, len(data["train"]))
     labeled = DatasetDict({**data, "train": setup.task.labeled_rows(data["train"])})
     arguments = training_arguments(setup.config, target.name, options)
-    train(setup, make_trainer(setup, model, labeled, None, arguments, setup.languages), target)
+    trainer = make_trainer(setup, model, labeled, None, arguments, setup.languages)
+    train(setup, trainer)
+    setup.folder.keep_model(trainer, target)
     return model
 
 

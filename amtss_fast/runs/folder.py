@@ -31,6 +31,8 @@ from amtss_fast.runs.memory_plan import MemoryPlan
 
 _FILES = ("config.yaml", "log.jsonl", "memory.json", "metrics.json", "report.html")
 _FOLDERS = ("teachers", "student", "labels-only", "training")
+# In the folder of a new run: the run whose place it takes, until it has it.
+_REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ class RunFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is there."""
-        return not self.path.is_dir() or not any(self.path.iterdir())
+        """Whether nothing is there. A run that was stopped before it had a configuration has left nothing."""
+        partial = f"{self.config.name}.partial"
+        return not self.path.is_dir() or all(path.name == partial for path in self.path.iterdir())
 
     @property
     def replacement(self) -> RunFolder:
         """Beside it, where the run is made that will take the place of the one here."""
-        return RunFolder(self.path.with_name(f"{self.path.name}.partial"))
+        place = self.path.resolve()
+        return RunFolder(place.with_name(f"{place.name}.partial"))
 
     def working(self, *, overwrite: bool, resume: bool) -> RunFolder:
         """Where a run is made: here, or in `replacement` while a run that is here waits to be replaced."""
@@ -84,14 +88,14 @@ class RunFolder:
 
     def take_place_of(self, target: RunFolder) -> None:
         """Moves this finished run to the target, whose own run is removed last."""
-        if self == target:
-            return
-        old = target.path.with_name(f"{target.path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.path.exists():
-            os.replace(target.path, old)
-        os.replace(self.path, target.path)
-        shutil.rmtree(old, ignore_errors=True)
+        if self != target:
+            place, old = target.path.resolve(), self.path / _REPLACED
+            if place.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                # From here to the next line `resume` alone goes on, see `check`.
+                os.replace(place, old)
+            os.replace(self.path, place)
+        shutil.rmtree(target.path / _REPLACED, ignore_errors=True)
 
     def check(self, config: RunConfig | None = None, *, overwrite: bool = False, resume: bool = False) -> None:
         """Whether a run can be written here.
@@ -102,13 +106,17 @@ class RunFolder:
 
         Raises:
             FileExistsError: it holds other files, or a run and neither `overwrite` nor `resume` is set.
-            UserError: it cannot be written; `resume` with another configuration, whose keys are named.
+            UserError: it cannot be written or replaced; `resume` with another configuration, whose keys are named.
         """
         check_folder(self.path, "output_dir")
+        if not self.path.exists() and not resume and (self.replacement.path / _REPLACED).is_dir():
+            raise FileExistsError(
+                f"{self.path} was being replaced by {self.replacement.path}, which is complete: --resume puts it there"
+            )
         if self.is_empty:
             return
         # Nothing that a run has not written is ever removed.
-        known = (*_FILES, *_FOLDERS)
+        known = (*_FILES, *_FOLDERS, _REPLACED)
         foreign = sorted(p.name for p in self.path.iterdir() if p.name.removesuffix(".partial") not in known)
         if foreign or not self.config.is_file():
             found = f"it has {', '.join(foreign[:5])}" if foreign else "it has no config.yaml"
@@ -116,6 +124,11 @@ class RunFolder:
         if not overwrite and not resume:
             raise FileExistsError(
                 f"{self.path} is not empty and holds a run: choose another output_dir, --resume or --overwrite"
+            )
+        if overwrite and os.path.ismount(self.path):
+            raise UserError(
+                f"output_dir {self.path} is where a disk is mounted, and a folder that takes its place cannot lie "
+                "beside it: choose a folder in it"
             )
         if resume and config is not None and (changed := changes(load_config(self.config), config)):
             separator = "\n  " if len(changed) > 1 else " "
@@ -129,7 +142,9 @@ class RunFolder:
         """
         self.check(config, overwrite=overwrite, resume=resume)
         if not self.is_empty and overwrite:
-            shutil.rmtree(self.path)
+            # Not the configuration, which tells that this is a run: removing may be interrupted.
+            for path in set(self.path.iterdir()) - {self.config}:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.to_yaml())
 

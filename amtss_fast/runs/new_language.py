@@ -125,7 +125,8 @@ def add_language(
         data_collator=setup.collator(keep_text),
         processing_class=setup.tokenizer,
     )
-    train(setup, trainer, folder.student)
+    train(setup, trainer)
+    folder.keep_model(trainer, folder.student)
     if not trainer.is_world_process_zero():
         return target.path
     student.requires_grad_(True)

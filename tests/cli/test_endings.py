@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,75 @@ sys.exit(cli.main(["report", "run"]))
     child.stdout.close()
     assert child.stderr.read() == ""
     assert child.wait() == 141
+
+
+PRINTS = """
+import os, signal, sys, time
+from amtss_fast import cli
+from amtss_fast.errors import UserError
+def run(options):
+    for _ in range(100_000):
+        print("a line")
+def stopped(options):
+    print("a line")
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+def wrong(options):
+    print("a line")
+    sys.stdin.readline()
+    raise UserError("no such data")
+cli.report.run = {}
+sys.exit(cli.main(["report", "run"]))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_outputs_that_nobody_reads(kind: str, unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    if kind == "pipe":
+        here, there = os.pipe()
+    else:
+        ends = socket.socketpair()
+        here, there = ends[0].detach(), ends[1].detach()
+    command = [sys.executable, "-c", PRINTS.format("run")]
+    child = subprocess.Popen(command, stdout=there, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(there)
+    os.read(here, 1)
+    os.close(here)
+    assert child.communicate()[1] == ""
+    assert child.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "line"), [("stopped", 130, "interrupted"), ("wrong", 2, "no such data")], ids=["ctrl-c", "error"]
+)
+def test_what_is_said_after_the_reader_of_the_output_has_gone(run: str, status: int, line: str) -> None:
+    command, environment = [sys.executable, "-c", PRINTS.format(run)], os.environ | {"PYTHONUNBUFFERED": ""}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        child.stdin.write("\n")
+        child.stdin.close()
+        assert child.stderr.read().strip() == f"amtss-fast report: {line}"
+    assert child.returncode == status
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_cannot_be_written_is_one_line(unbuffered: str, tmp_path: Path) -> None:
+    # No file gets larger than this.
+    script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)){PRINTS.format('run')}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=out, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert done.stderr == "amtss-fast report: File too large\n"
+    assert done.returncode == 2
 
 
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
