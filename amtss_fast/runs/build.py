@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 
-from amtss_fast._system.files import names_file
+from amtss_fast._system.files import names_file, write_atomically
 from amtss_fast.errors import NotFiniteError, UserError, user_errors
 from amtss_fast.models import AMTSSConfig, adopt_pad_token, read_encoder, read_model_config, told_of
 from amtss_fast.runs.config import ModelConfig, RunConfig, TeacherConfig
 from amtss_fast.runs.setup import Setup, teacher_arguments
 from amtss_fast.teachers import LiveTeachers, Teacher, Teachers, load_teacher
 from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments
+
+_STATE = "trainer_state.json"
+"""The file of a checkpoint that is written last."""
 
 
 def new_student(setup: Setup) -> Any:
@@ -189,11 +192,43 @@ def train(setup: Setup, trainer: AMTSSTrainer) -> None:
     if trainer.is_world_process_zero():
         for torn in (path for path in _checkpoints(folder) if not _is_whole(path)):
             shutil.rmtree(torn)
+        if checkpoint is not None:
+            _find_best_again(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    if checkpoint is not None and _finish(setup, trainer, checkpoint):
+        return
     try:
         with names_file(folder):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except NotFiniteError as error:
         raise NotFiniteError(f"{folder.name}: {error}") from error
+
+
+def _finish(setup: Setup, trainer: AMTSSTrainer, checkpoint: Path) -> bool:
+    """Whether the checkpoint is of the last step; its weights are then those of the trained model.
+
+    The stock loop looks at the number of steps after each step: it would train one step more than it was asked for.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    if state.global_step < state.max_steps:
+        return False
+    trainer.state, place = state, checkpoint
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        place = Path(state.best_model_checkpoint)
+    model: Any = trainer.model
+    model.load_state_dict(setup.task.load_model(place).state_dict())
+    return True
+
+
+def _find_best_again(checkpoint: Path) -> None:
+    """Corrects where the best checkpoint is, in a folder that has moved: the stock loop would go on without it."""
+    file = checkpoint / _STATE
+    state = json.loads(file.read_bytes())
+    if state.get("best_model_checkpoint") is None:
+        return
+    best = checkpoint.with_name(Path(state["best_model_checkpoint"]).name)
+    if state["best_model_checkpoint"] != str(best) and best.is_dir():
+        write_atomically(file, json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2))
 
 
 def last_checkpoint(folder: Path, processes: int) -> Path | None:
@@ -224,9 +259,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     """Whether nothing interrupted its writing: the state is the last file, and half of an object is no JSON."""
-    file = checkpoint / "trainer_state.json"
     try:
-        json.loads(file.read_bytes())
+        json.loads((checkpoint / _STATE).read_bytes())
     except (FileNotFoundError, ValueError):
         return False
     return True
