@@ -27,6 +27,9 @@ TRAINING = {
     "max_steps": 10,
     "save_steps": 2,
     "logging_steps": 1,
+    # A step too many would change nothing at a learning rate that has come down to 0.
+    "lr_scheduler_type": "constant",
+    "learning_rate": 1e-3,
     "per_device_train_batch_size": 4,
     "use_cpu": True,
     "disable_tqdm": True,

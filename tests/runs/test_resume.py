@@ -32,8 +32,11 @@ def interrupted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert main(["train", str(config)]) == 130
 
 
-@pytest.mark.parametrize("more", [{}, BEST, {"num_train_epochs": 1, "max_steps": -1}], ids=["steps", "best", "epochs"])
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(
+    ("more", "moved"),
+    [({}, False), (BEST, True), ({"num_train_epochs": 1, "max_steps": -1}, False)],
+    ids=["steps", "best", "epochs"],
+)
 def test_after_the_last_step(
     more: dict[str, Any], moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
