@@ -175,10 +175,7 @@ def check_values(inputs: LossInputs, options: LossOptions) -> None:
 
 def check_num_items(num_items: float) -> None:
     """Raise ValueError unless the sum of a loss can be divided by it."""
-    # Written so that NaN is wrong too.
-    if not num_items > 0:
-        raise ValueError(f"num_items must be positive, got {num_items}")
-    # Its reciprocal is a factor of the gradient, in float32.
+    # Its reciprocal is a factor of the gradient, in float32. NaN is in no range.
     if not 1e-30 <= num_items <= 1e30:
         raise ValueError(f"num_items must be positive and finite, in [1e-30, 1e30], got {num_items}")
 
