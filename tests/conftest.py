@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import fuzz
@@ -21,6 +22,8 @@ settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts this in the background has it ignore Ctrl-C, which commands and their tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before anything imports Triton.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
