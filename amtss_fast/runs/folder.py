@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer
 
 from amtss_fast._system.files import names_file, write_atomically
@@ -167,9 +168,21 @@ class RunFolder:
         write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
 
     def read_plan(self) -> MemoryPlan | None:
-        """The plan that is kept here; None if there is none."""
+        """The plan that is kept here; None if there is none.
+
+        Raises:
+            UserError: a file that holds no plan.
+        """
         file = self.path / "memory.json"
-        return MemoryPlan(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return TypeAdapter(MemoryPlan).validate_json(file.read_bytes(), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            wrong = f"{where}: {first['msg']}" if where else first["msg"]
+            raise UserError(f"{file} holds no plan ({wrong}): start the run anew with --overwrite") from error
 
     def write_plan(self, plan: MemoryPlan) -> None:
         """Keeps a plan."""

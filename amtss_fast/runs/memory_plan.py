@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
 from amtss_fast._system.memory import available, used
 
@@ -60,18 +61,18 @@ class MemoryPlan:
     """What a training runs with, and the peak that it is expected to reach."""
 
     precision: str
-    resident: int | None
+    resident: PositiveInt | None
     """Both of the teachers, see :class:`Loading`."""
     approximate: bool
     """Whether that is less than the configuration asks for: another loss, by the teachers' rounding."""
-    micro_batch: int
-    accumulation: int
+    micro_batch: PositiveInt
+    accumulation: PositiveInt
     checkpointing: bool
-    chunk_rows: int | None
-    budget: int
-    expected: int
+    chunk_rows: PositiveInt | None
+    budget: PositiveInt
+    expected: NonNegativeInt
     """Bytes."""
-    measured: int | None = None
+    measured: NonNegativeInt | None = None
     """The peak of the training, in bytes, once it is over."""
 
     def describe(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny import tiny_bert_config
 
 from amtss_fast.errors import UserError
 from amtss_fast.models import AMTSSForSequenceClassification
+from amtss_fast.runs.folder import RunFolder
 from amtss_fast.runs.report import read_run, write_report
 from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments
 
@@ -63,6 +65,39 @@ def test_metrics(tmp_path: Path, metrics: str | dict[str, Any], message: str) ->
 def test_log(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=r"log\.jsonl, line 2"):
         write_report(make_run(tmp_path, log=f'{{"step": 1}}\n{line}\n'))
+
+
+PLAN = {
+    "precision": "int8", "resident": None, "approximate": True, "micro_batch": 8, "accumulation": 4,
+    "checkpointing": False, "chunk_rows": None, "budget": 10**9, "expected": 9 * 10**8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("", "EOF"),
+        ("[" * 100_000, "recursion"),
+        ("\udc80", "JSON"),
+        ("[]", "object"),
+        ({**PLAN, "micro_batch": 0}, "micro_batch: .* greater than 0"),
+        ({**PLAN, "micro_batch": "8"}, "micro_batch: .* integer"),
+        ({**PLAN, "accumulation": 1e999}, "accumulation: .* integer"),
+        ({name: value for name, value in PLAN.items() if name != "budget"}, "budget: .*required"),
+    ],
+)
+def test_plan(tmp_path: Path, plan: str | dict[str, Any], message: str) -> None:
+    text = plan if isinstance(plan, str) else json.dumps(plan)
+    (tmp_path / "memory.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"memory\.json holds no plan .*{message}"):
+        RunFolder(tmp_path).read_plan()
+
+
+def test_a_plan_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "memory.json").write_text(json.dumps(PLAN))
+    plan = RunFolder(tmp_path).read_plan()
+    assert plan is not None
+    assert asdict(plan) == {**PLAN, "measured": None}
 
 
 def test_yaml_that_multiplies(tmp_path: Path) -> None:
