@@ -6,11 +6,13 @@ import copy
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerState, set_seed
 
 from amtss_fast._system.files import names_file, write_atomically
@@ -258,12 +260,19 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether nothing interrupted its writing: the state is the last file, and half of an object is no JSON."""
+    """Whether nothing interrupted its writing.
+
+    The state is the last file, and half of an object is no JSON. Where the machine itself went down, any other file may
+    be cut short: of an archive the end is missing, of weights some that their header names.
+    """
     try:
         json.loads((checkpoint / _STATE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, "pt"):
+                pass
+    except (FileNotFoundError, ValueError, SafetensorError):
         return False
-    return True
+    return all(zipfile.is_zipfile(file) for suffix in ("pt", "pth") for file in checkpoint.glob(f"*.{suffix}"))
 
 
 def _count(processes: int) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from amtss_fast._system.files import names_file, write_atomically
 from amtss_fast.errors import UserError
@@ -114,7 +116,7 @@ def checkpoint(folder: Path, step: int, processes: int = 1, state: str | None = 
     place = folder / f"checkpoint-{step}"
     place.mkdir(parents=True)
     for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]:
-        (place / name).touch()
+        torch.save({}, place / name)
     if state is not None:
         (place / "trainer_state.json").write_text(state)
 
@@ -128,6 +130,20 @@ def test_the_last_checkpoint_that_is_whole(tmp_path: Path) -> None:
     # What `save_only_model` leaves has no state of the optimizer.
     checkpoint(tmp_path, 2000, processes=0)
     assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("kept", [0, 1, 9, -1])
+def test_a_checkpoint_with_a_file_that_is_cut_short_is_none(name: str, kept: int, tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+        place = tmp_path / f"checkpoint-{step}"
+        save_file({"weight": torch.ones(3)}, place / "model.safetensors")
+        for file in ("optimizer.pt", "scheduler.pt"):
+            torch.save({"step": torch.ones(3)}, place / file)
+    assert last_checkpoint(tmp_path, 1) == place
+    (place / name).write_bytes((place / name).read_bytes()[:kept])
+    assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-1"
 
 
 @pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1), (2, 3)])
