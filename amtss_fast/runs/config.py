@@ -318,7 +318,7 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str], origin: st
         problems: dict[str, list[str]] = {}
         for found in error.errors():
             key = ".".join(_place(settings, found["loc"], found["type"]))
-            problems.setdefault(f"{key}: " if key else "", []).append(_problem(**found))
+            problems.setdefault(f"{key}: " if key else "", []).append(problem(**found))
         lines = [f"{key}{' or '.join(messages)}" for key, messages in problems.items()]
         if len(lines) == 1:
             raise UserError(f"{origin} is not a valid configuration: {lines[0]}") from error
@@ -339,7 +339,8 @@ def _place(settings: Any, loc: Sequence[int | str], kind: str) -> list[str]:
     return names
 
 
-def _problem(msg: str, type: str, input: Any, ctx: Mapping[str, Any] | None = None, **_: Any) -> str:
+def problem(msg: str, type: str, input: Any, ctx: Mapping[str, Any] | None = None, **_: Any) -> str:
+    """What is wrong with a value, and the value, from the fields of one of pydantic's errors."""
     if type == "missing":
         return "is missing"
     if type in ("dict_type", "model_type", "model_attributes_type"):

@@ -27,7 +27,7 @@ from transformers import Trainer
 from amtss_fast._system.files import names_file, write_atomically
 from amtss_fast.errors import UserError
 from amtss_fast.runs.changes import changes
-from amtss_fast.runs.config import RunConfig, load_config
+from amtss_fast.runs.config import RunConfig, load_config, problem
 from amtss_fast.runs.memory_plan import MemoryPlan
 
 _FILES = ("config.yaml", "log.jsonl", "memory.json", "metrics.json", "report.html")
@@ -180,8 +180,7 @@ class RunFolder:
             return TypeAdapter(MemoryPlan).validate_json(file.read_bytes(), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            wrong = f"{where}: {first['msg']}" if where else first["msg"]
+            wrong = ": ".join([*map(str, first["loc"]), problem(**first)])
             raise UserError(f"{file} holds no plan ({wrong}): start the run anew with --overwrite") from error
 
     def write_plan(self, plan: MemoryPlan) -> None:

@@ -676,7 +676,7 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((S, T, Y), {"ignore_index": 1}, ValueError, "ignore_index must lie outside the classes 0 to 2, got 1"),
     ((S, T, Y), {"unlabeled_index": 0}, ValueError, "unlabeled_index must lie outside"),
     ((S, T, Y), {"unlabeled_index": -100}, ValueError, "must differ, both are -100"),
-    ((S, T, Y), {"num_items": 0}, ValueError, "num_items must be positive .* got 0"),
+    ((S, T, Y), {"num_items": 0}, ValueError, r"num_items must be positive and finite, in \[1e-30, 1e30\], got 0"),
     ((S, T, Y), {"num_items": torch.tensor(-3)}, ValueError, "num_items must be positive .* got -3"),
     ((S, T, Y), {"num_items": 4, "reduction": "sum"}, ValueError, 'num_items .* reduction="mean"'),
     ((S, T, Y), {"num_items": torch.ones(2)}, ValueError, r"num_items .* \[2\]"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tiny import tiny_bert_config
 from amtss_fast.errors import UserError
 from amtss_fast.models import AMTSSForSequenceClassification
 from amtss_fast.runs.folder import RunFolder
+from amtss_fast.runs.memory_plan import MemoryPlan
 from amtss_fast.runs.report import read_run, write_report
 from amtss_fast.training import AMTSSTrainer, AMTSSTrainingArguments
 
@@ -67,7 +67,7 @@ def test_log(tmp_path: Path, line: str) -> None:
         write_report(make_run(tmp_path, log=f'{{"step": 1}}\n{line}\n'))
 
 
-PLAN = {
+PLAN: dict[str, Any] = {
     "precision": "int8", "resident": None, "approximate": True, "micro_batch": 8, "accumulation": 4,
     "checkpointing": False, "chunk_rows": None, "budget": 10**9, "expected": 9 * 10**8,
 }  # fmt: skip
@@ -80,10 +80,10 @@ PLAN = {
         ("[" * 100_000, "recursion"),
         ("\udc80", "JSON"),
         ("[]", "object"),
-        ({**PLAN, "micro_batch": 0}, "micro_batch: .* greater than 0"),
-        ({**PLAN, "micro_batch": "8"}, "micro_batch: .* integer"),
+        ({**PLAN, "micro_batch": 0}, "micro_batch: .* greater than 0, got 0"),
+        ({**PLAN, "micro_batch": "8"}, "micro_batch: .* integer, got '8'"),
         ({**PLAN, "accumulation": 1e999}, "accumulation: .* integer"),
-        ({name: value for name, value in PLAN.items() if name != "budget"}, "budget: .*required"),
+        ({name: value for name, value in PLAN.items() if name != "budget"}, "budget: is missing"),
     ],
 )
 def test_plan(tmp_path: Path, plan: str | dict[str, Any], message: str) -> None:
@@ -94,10 +94,9 @@ def test_plan(tmp_path: Path, plan: str | dict[str, Any], message: str) -> None:
 
 
 def test_a_plan_comes_back(tmp_path: Path) -> None:
-    (tmp_path / "memory.json").write_text(json.dumps(PLAN))
-    plan = RunFolder(tmp_path).read_plan()
-    assert plan is not None
-    assert asdict(plan) == {**PLAN, "measured": None}
+    folder, plan = RunFolder(tmp_path), MemoryPlan(**PLAN)
+    folder.write_plan(plan)
+    assert folder.read_plan() == plan
 
 
 def test_yaml_that_multiplies(tmp_path: Path) -> None:
