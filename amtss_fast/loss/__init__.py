@@ -2,14 +2,20 @@
 
 `api` and `linear` hold the public functions, `options` every option once, `contract` what a backend gets and gives,
 `backends` the backends, `registry` the choice among them, `ops` and `linear_ops` the operators, `logits` 8-bit logits
-and heads, `adaptive` the weights of teachers and languages over a training.
+and heads and top-k lists, `adaptive` the weights of teachers and languages over a training.
 """
 
 from amtss_fast.loss.adaptive import AdaptiveStrategy
 from amtss_fast.loss.api import AMTSSLoss, amtss_loss
 from amtss_fast.loss.contract import AMTSSStats
 from amtss_fast.loss.linear import linear_amtss_loss
-from amtss_fast.loss.logits import QuantizedLogits, QuantizedWeight, quantize_logits, quantize_weight
+from amtss_fast.loss.logits import (
+    QuantizedLogits,
+    QuantizedWeight,
+    TopKLogprobs,
+    quantize_logits,
+    quantize_weight,
+)
 from amtss_fast.loss.options import LossOptions
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "LossOptions",
     "QuantizedLogits",
     "QuantizedWeight",
+    "TopKLogprobs",
     "amtss_loss",
     "linear_amtss_loss",
     "quantize_logits",

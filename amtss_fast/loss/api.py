@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from amtss_fast.loss import ops
-from amtss_fast.loss.checks import as_num_items, check_logits, check_quantized, check_rows, check_special_labels
+from amtss_fast.loss.checks import (
+    as_num_items,
+    check_logits,
+    check_quantized,
+    check_rows,
+    check_special_labels,
+    check_tails,
+    check_top_k,
+    unpack_teacher_rows,
+)
 from amtss_fast.loss.contract import LossInputs
-from amtss_fast.loss.logits import QuantizedLogits
+from amtss_fast.loss.logits import QuantizedLogits, TopKLogprobs
 from amtss_fast.loss.options import LossKeywords, make_options, shows_options
 
-TeacherLogits: TypeAlias = Tensor | QuantizedLogits | Sequence[Tensor | QuantizedLogits]
+TeacherLogits: TypeAlias = Tensor | QuantizedLogits | TopKLogprobs | Sequence[Tensor | QuantizedLogits | TopKLogprobs]
 
 
 @shows_options
@@ -23,6 +32,7 @@ def amtss_loss(
     teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     *,
+    teacher_rows: Sequence[Tensor | None] | None = None,
     teacher_prior: Tensor | None = None,
     teacher_mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -39,22 +49,37 @@ def amtss_loss(
             = p_k[largest] - p_k[second largest]          weighting="top2_margin"
             = log p_k[y]                                  weighting="label_nll"
         w_k = alpha_k exp(m_k / beta) / sum_j alpha_j exp(m_j / beta)
-        KD  = tau² sum_k w_k KL(p_k || q)
+        KD  = tau² sum_k w_k D(p_k, q)                    divergence="forward_kl": KL(p_k || q)
         CE  = cross entropy of softmax(s) with y, label-smoothed
         loss of the row = sample_weight (kd_weight KD + ce_weight CE)
 
     Teachers and weights carry no gradient; the gradient of the student's logits is computed in the same pass.
 
+    The divergence D is one of six, with b = divergence_beta (convention of)::
+
+        forward_kl       sum p (log p - log q)
+        reverse_kl       sum q (log q - log p)                                  TRL and Liger: beta = 1
+        jsd              b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q  TRL and Liger: beta = b
+        skew_forward_kl  KL(p || m), m = b p + (1 - b) q                        DistiLLM
+        skew_reverse_kl  KL(q || m), m = b q + (1 - b) p                        DistiLLM
+        tvd              1/2 sum |p - q|                                        Liger
+
     Args:
         student_logits: [N, C] float32, bfloat16, float16 or float64 (float64: reference backend only); N rows are
             samples or tokens.
         teacher_logits: [K, N, C], or a sequence of K tensors [N, C] (never copied into a stack), or
-            :class:`QuantizedLogits` in their place. Each may have its own floating dtype.
+            :class:`QuantizedLogits` or :class:`TopKLogprobs` in their place. Each may have its own floating dtype.
         labels: [N] int64, or None for a batch without labels.
-        temperature: tau in [1e-18, 1e18], of student and teachers.
+        temperature: tau in [1e-18, 1e18], of the student, and of the teachers unless they have their own.
+        teacher_temperature: of all teachers, or one for each of K: p_k = softmax(t_k / tau_k). None: `temperature`.
+        divergence: see above.
+        divergence_beta: b in (0, 1). None: 0.5 for "jsd", 0.1 for the skewed ones; the others take none.
         weighting: the margin that weighs the teachers, see above.
         weight_temperature: beta in [0, inf]. 0 gives all weight to the max-margin teacher (the first of equal ones),
             inf ignores the margins.
+        teacher_rows: for each teacher the rows [N_k] that its logits are of, int64, ascending and without repetition,
+            or None for all N. Teacher k then has logits [N_k, C] and teaches no other row: memory and time depend on the
+            rows that are taught. Priors and masks stay [K, N].
         teacher_prior: alpha, [K] or [K, N] float >= 0; 0 takes a teacher out. None: ones.
         teacher_mask: [K, N] bool; False: this teacher does not teach this row, its logits there are unused. None: all
             True.
@@ -74,7 +99,9 @@ def amtss_loss(
         The loss, 0-d or [N], in float32 (float64 for float64 logits); with `return_stats` also the stats.
 
     Infinities and NaN: -inf is a masked class (a teacher's adds 0 where the student's is -inf too; a student's -inf
-    where a teacher has mass gives a loss of +inf and a finite gradient). NaN, or a row that is -inf throughout, makes
+    where a teacher has mass gives a loss of +inf and a finite gradient). With the reverse KL a teacher's -inf where the
+    student has mass gives a loss of +inf, and a gradient that may be NaN in that row; jsd, the skewed KLs and tvd are
+    always finite. NaN, or a row that is -inf throughout, makes
     its own row NaN and no other. A row without a teacher keeps its cross entropy. Nothing is clamped.
 
     Raises:
@@ -87,17 +114,29 @@ def amtss_loss(
     fixes no formula, and the ones above are this library's own.
     """
     chosen = make_options(options)
-    teachers, row_max, step = _unpack(teacher_logits)
-    check_logits(student_logits, teachers, row_max, step)
+    teachers, row_max, step, indices, bucket = _unpack(teacher_logits)
+    rows = unpack_teacher_rows(teacher_rows, len(teachers))
+    check_logits(student_logits, teachers, row_max, step, indices, rows)
     n_rows, n_classes = student_logits.shape
     device = student_logits.device
     teacher_prior, sample_weight = check_rows(
         "student_logits", labels, teacher_prior, teacher_mask, sample_weight, n_rows, len(teachers), device
     )
     check_special_labels(chosen, n_classes)
-    divisor = as_num_items(num_items, chosen.reduction, device)
+    check_tails(chosen, len(teachers), bucket)
     inputs = LossInputs(
-        student_logits, teachers, row_max, step, labels, teacher_prior, teacher_mask, sample_weight, divisor
+        student_logits,
+        teachers,
+        row_max,
+        step,
+        rows,
+        indices,
+        bucket,
+        labels,
+        teacher_prior,
+        teacher_mask,
+        sample_weight,
+        as_num_items(num_items, chosen.reduction, device),
     )
     loss, stats = ops.run(inputs, chosen, need_stats=return_stats, backend=backend)
     return (loss, stats) if return_stats else loss
@@ -138,6 +177,7 @@ class AMTSSLoss(nn.Module):
             student_logits,
             teacher_logits,
             labels,
+            teacher_rows=teacher_rows,
             teacher_prior=teacher_prior,
             teacher_mask=teacher_mask,
             sample_weight=sample_weight,
@@ -152,31 +192,47 @@ class AMTSSLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _unpack(
-    teacher_logits: TeacherLogits,
-) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """K tensors [N, C], and the two scales of each where one of them is quantised (else two empty lists)."""
+_Unpacked: TypeAlias = tuple[
+    list[Tensor], list[Tensor | None], list[Tensor | None], list[Tensor | None], list[bool]
+]
+
+
+def _unpack(teacher_logits: TeacherLogits) -> _Unpacked:
+    """The fields of :class:`LossInputs` from `teacher_logits` to `teacher_bucket`, without `teacher_rows`."""
     if isinstance(teacher_logits, Tensor):
         if teacher_logits.dim() != 3:
             raise ValueError(
                 "teacher_logits must be [K, N, C] or a sequence of K tensors [N, C], "
                 f"got one tensor of shape {list(teacher_logits.shape)}"
             )
-        return list(teacher_logits.unbind(0)), [], []
-    if isinstance(teacher_logits, QuantizedLogits):
+        return list(teacher_logits.unbind(0)), [], [], [], []
+    if isinstance(teacher_logits, (QuantizedLogits, TopKLogprobs)):
         teacher_logits = [teacher_logits]
     if not isinstance(teacher_logits, (list, tuple)):
         raise TypeError(
             f"teacher_logits must be a tensor or a sequence of tensors, got {type(teacher_logits).__name__}"
         )
     if all(isinstance(t, Tensor) for t in teacher_logits):
-        return list(teacher_logits), [], []
-    quantized = [t if isinstance(t, QuantizedLogits) else None for t in teacher_logits]
-    for k, codes in enumerate(quantized):
-        if codes is not None:
-            check_quantized(f"teacher_logits[{k}]", codes._asdict())
+        return list(teacher_logits), [], [], [], []
+    logits: list[Tensor] = []
+    row_max, step, indices = (cast("list[Tensor | None]", [None] * len(teacher_logits)) for _ in range(3))
+    bucket = [False] * len(teacher_logits)
+    for k, teacher in enumerate(teacher_logits):
+        if isinstance(teacher, QuantizedLogits):
+            check_quantized(f"teacher_logits[{k}]", teacher._asdict())
+            logits.append(teacher.codes)
+            row_max[k], step[k] = teacher.row_max, teacher.step
+        elif isinstance(teacher, TopKLogprobs):
+            check_top_k(f"teacher_logits[{k}]", teacher)
+            logits.append(teacher.logprobs.detach())
+            indices[k], bucket[k] = teacher.indices.long(), teacher.tail == "bucket"
+        else:
+            logits.append(teacher)
+    quantized, listed = any(t is not None for t in row_max), any(t is not None for t in indices)
     return (
-        [t.codes if isinstance(t, QuantizedLogits) else t for t in teacher_logits],
-        [None if t is None else t.row_max for t in quantized],
-        [None if t is None else t.step for t in quantized],
+        logits,
+        row_max if quantized else [],
+        step if quantized else [],
+        indices if listed else [],
+        bucket if listed else [],
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amtss_fast.loss.contract import LossInputs
+from amtss_fast.loss.logits import TAILS, TopKLogprobs
 from amtss_fast.loss.options import LossOptions
 
 
@@ -23,6 +24,8 @@ def check_logits(
     teachers: Sequence[Tensor],
     row_max: Sequence[Tensor | None],
     step: Sequence[Tensor | None],
+    indices: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
 ) -> None:
     """Raise for logits whose types, shapes or devices do not fit; see :func:`amtss_fast.amtss_loss`."""
     if not isinstance(student_logits, Tensor):
@@ -38,13 +41,30 @@ def check_logits(
         raise ValueError(f"student_logits must have at least 2 classes, got C = {shape[1]}")
     if len(teachers) == 0:
         raise ValueError("teacher_logits must hold at least one teacher, got none")
+    check_teacher_rows(rows, "student_logits", shape[0], device)
     for k, teacher in enumerate(teachers):
         if not isinstance(teacher, Tensor):
-            raise TypeError(f"teacher_logits[{k}] must be a tensor or QuantizedLogits, got {type(teacher).__name__}")
-        if teacher.shape != shape:
+            raise TypeError(
+                f"teacher_logits[{k}] must be a tensor, QuantizedLogits or TopKLogprobs, got {type(teacher).__name__}"
+            )
+        own = rows[k] if rows else None
+        n_rows = shape[0] if own is None else len(own)
+        if indices and indices[k] is not None:
+            if len(teacher) != n_rows:
+                raise ValueError(f"teacher_logits[{k}] has {len(teacher)} rows, {_of_rows(k, own)} {n_rows}")
+            if teacher.shape[1] > shape[1]:
+                raise ValueError(
+                    f"teacher_logits[{k}] must list at most C = {shape[1]} classes in a row, got {teacher.shape[1]}"
+                )
+        elif own is None and teacher.shape != shape:
             raise ValueError(
                 f"teacher_logits[{k}] has shape {list(teacher.shape)}, student_logits {list(shape)}: "
                 "rows and classes must match"
+            )
+        elif teacher.shape != (n_rows, shape[1]):
+            raise ValueError(
+                f"teacher_logits[{k}] has shape {list(teacher.shape)}, but {_of_rows(k, own)} {n_rows} rows and "
+                f"student_logits {shape[1]} classes"
             )
         if teacher.device != device:
             raise RuntimeError(
@@ -55,12 +75,71 @@ def check_logits(
             raise TypeError(f"teacher_logits[{k}].codes must be uint8, got {teacher.dtype}")
         if not teacher.is_floating_point() and not quantized:
             raise TypeError(f"teacher_logits[{k}] must be floating or QuantizedLogits, got {teacher.dtype}")
-    for name, scales in (("row_max", row_max), ("step", step)):
-        for k, values in enumerate(scales):
-            if values is not None:
-                check_tensor(f"teacher_logits[{k}].{name}", values, "student_logits", device, [(shape[0],)])
+        for name, scales in (("row_max", row_max), ("step", step)):
+            if quantized and (values := scales[k]) is not None:
+                check_tensor(f"teacher_logits[{k}].{name}", values, "student_logits", device, [(n_rows,)])
                 if not values.is_floating_point():
                     raise TypeError(f"teacher_logits[{k}].{name} must be floating, got {values.dtype}")
+
+
+def _of_rows(k: int, own: Tensor | None) -> str:
+    return "student_logits has" if own is None else f"teacher_rows[{k}]"
+
+
+def check_top_k(name: str, teacher: TopKLogprobs) -> None:
+    """Raise for a list of classes whose tensors do not fit each other."""
+    indices, logprobs, tail = teacher
+    check_quantized(name, {"indices": indices, "logprobs": logprobs})
+    if logprobs.dim() != 2 or logprobs.shape[1] == 0:
+        raise ValueError(f"{name}.logprobs must be [N, k] with k >= 1, got shape {list(logprobs.shape)}")
+    if not logprobs.is_floating_point():
+        raise TypeError(f"{name}.logprobs must be floating, got {logprobs.dtype}")
+    check_tensor(f"{name}.indices", indices, f"{name}.logprobs", logprobs.device, [tuple(logprobs.shape)])
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}.indices must be int32 or int64, got {indices.dtype}")
+    if tail not in TAILS:
+        raise ValueError(f"{name}.tail must be one of {TAILS}, got {tail!r}")
+
+
+def check_tails(options: LossOptions, n_teachers: int, bucket: Sequence[bool]) -> None:
+    """Raise ValueError for a temperature other than 1 where a teacher's tail is a bucket, or too few temperatures."""
+    temperatures = options.teacher_temperatures(n_teachers)
+    for k, has_bucket in enumerate(bucket):
+        for name, temperature in (("temperature", options.temperature), ("teacher_temperature", temperatures[k])):
+            if has_bucket and temperature != 1:
+                raise ValueError(
+                    f'{name} must be 1 where teacher_logits[{k}] has tail="bucket", got {temperature}: the mass outside '
+                    'of the list is unknown at another temperature; tail="renormalize" allows any'
+                )
+
+
+def unpack_teacher_rows(teacher_rows: Any, n_teachers: int) -> list[Tensor | None]:
+    """A list with an entry for each teacher; empty if no teacher has rows of its own."""
+    if teacher_rows is None:
+        return []
+    if not isinstance(teacher_rows, (list, tuple)):
+        raise TypeError(
+            f"teacher_rows must be a sequence with one entry for each teacher, got {type(teacher_rows).__name__}"
+        )
+    if len(teacher_rows) != n_teachers:
+        raise ValueError(f"teacher_rows must hold one entry for each of {n_teachers} teachers, got {len(teacher_rows)}")
+    return [] if all(rows is None for rows in teacher_rows) else list(teacher_rows)
+
+
+def check_teacher_rows(rows: Sequence[Tensor | None], student: str, n_rows: int, device: torch.device) -> None:
+    """Raise for rows of teachers that are no list of at most N rows; their values are checked apart."""
+    for k, own in enumerate(rows):
+        if own is None:
+            continue
+        name = f"teacher_rows[{k}]"
+        if not isinstance(own, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(own).__name__}")
+        if own.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {own.dtype}")
+        if own.dim() != 1 or len(own) > n_rows:
+            raise ValueError(f"{name} must be [N_k] with N_k <= {n_rows}, got shape {list(own.shape)}")
+        if own.device != device:
+            raise RuntimeError(f"{name} is on {own.device}, {student} on {device}: move one of them")
 
 
 def check_quantized(name: str, fields: Mapping[str, object]) -> None:
@@ -171,6 +250,55 @@ def check_values(inputs: LossInputs, options: LossOptions) -> None:
                 raise_weight(name, float(weight[wrong][0]))
     if num_items is not None:
         check_num_items(float(num_items))
+
+
+def check_teacher_values(inputs: LossInputs) -> None:
+    """Raise ValueError for wrong values of `teacher_rows` and of lists of classes."""
+    n_rows, n_classes = inputs.student_logits.shape
+    check_row_values(inputs.teacher_rows, n_rows)
+    for k, indices in enumerate(inputs.teacher_indices):
+        if indices is not None:
+            _check_listed(f"teacher_logits[{k}]", indices, inputs.teacher_logits[k], inputs.teacher_bucket[k], n_classes)
+
+
+def check_row_values(rows: Sequence[Tensor | None], n_rows: int) -> None:
+    """Raise ValueError unless the rows of each teacher are ascending, without repetition, from 0 to N - 1."""
+    for k, own in enumerate(rows):
+        if own is None or len(own) == 0:
+            continue
+        least, most = int(own[0]), int(own[-1])
+        if least < 0 or most >= n_rows:
+            raise ValueError(f"teacher_rows[{k}] must hold rows from 0 to {n_rows - 1}, found {least if least < 0 else most}")
+        if (wrong := own[1:] <= own[:-1]).any():
+            i = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"teacher_rows[{k}] must be ascending without repetition, found {int(own[i])} before {int(own[i + 1])}"
+            )
+
+
+def _check_listed(name: str, indices: Tensor, logprobs: Tensor, bucket: bool, n_classes: int) -> None:
+    listed = logprobs != float("-inf")
+    wrong = listed & ((indices < 0) | (indices >= n_classes))
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}.indices[{row}, {place}] = {int(indices[row, place])} is no class from 0 to {n_classes - 1}")
+    # Entries of padding become different numbers that are no classes.
+    padding = -1 - torch.arange(indices.shape[1], device=indices.device)
+    ordered = indices.where(listed, padding).sort(-1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any():
+        row, place = twice.nonzero()[0].tolist()
+        raise ValueError(f"{name}.indices lists class {int(ordered[row, place])} twice in row {row}")
+    if bucket:
+        mass = logprobs.double().exp().sum(-1)
+        # Rounding to 8 bits changes a probability by up to 0.4 % of its logarithm.
+        allowed = 1 + (1e-2 if logprobs.dtype == torch.bfloat16 else 1e-3)
+        if (mass > allowed).any():
+            row = int((mass > allowed).nonzero()[0, 0])
+            raise ValueError(
+                f"{name}.logprobs must be log-probabilities, but those of row {row} add up to a mass of "
+                f"{float(mass[row]):.6g}, above {allowed}"
+            )
 
 
 def check_num_items(num_items: float) -> None:

@@ -6,7 +6,7 @@ A backend is a module that satisfies :class:`Backend`. It imports nothing of thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,11 +21,21 @@ class LossInputs(NamedTuple):
     student_logits: Tensor
     """[N, C] floating, any strides."""
     teacher_logits: list[Tensor]
-    """K of [N, C], any strides: floating, or uint8 codes where the scales below are given."""
+    """K of [N, C], any strides: floating, or uint8 codes where the scales below are given. [N_k, C] for a teacher with
+    rows of its own, [N, k] log-probabilities for one with indices."""
     teacher_row_max: list[Tensor | None]
     """K of [N] float32, None for a teacher without codes; an empty list where no teacher has codes."""
     teacher_step: list[Tensor | None]
     """As `teacher_row_max`: logit = row_max - step * code, -inf for code 255."""
+    teacher_rows: list[Tensor | None]
+    """K of [N_k] int64, ascending, the rows that a teacher's logits are of; None: all N. An empty list where no teacher
+    has rows of its own."""
+    teacher_indices: list[Tensor | None]
+    """K of [N, k] int64, the classes of a teacher's log-probabilities (of any value where these are -inf); None for a
+    teacher of dense logits. An empty list where all are."""
+    teacher_bucket: list[bool]
+    """Whether all classes outside of a teacher's indices are one class, with the rest of its mass; else they have none.
+    As long as `teacher_indices`."""
     labels: Tensor | None
     """[N] int64."""
     teacher_prior: Tensor | None
@@ -46,9 +56,13 @@ class AMTSSStats(NamedTuple):
     margins: Tensor
     """[K, N] margin of each teacher; 0 where it does not teach."""
     kd: Tensor
-    """[K, N] each teacher's own KL(p_k || q) in nats, without the factor temperature²; 0 where it does not teach."""
+    """[K, N] each teacher's own divergence in nats, without the factor temperature²; 0 where it does not teach."""
     student_margin: Tensor
-    """[N] the student's margin of the same kind, at the same temperature."""
+    """[N] the student's margin of the same kind, at its temperature."""
+    teacher_scale: Tensor
+    """[K, N] standard deviation of a teacher's finite logits; 0 where it does not teach."""
+    pull: Tensor
+    """[K, N] weight_k sum_c |q[c] - p_k[c]|, how strongly a teacher pulls at the student; from 0 to 2."""
 
 
 class LossOutputs(NamedTuple):
@@ -79,8 +93,8 @@ class Backend(Protocol):
     def why_missing(self) -> str | None:
         """Why this machine cannot run the backend; None if it can."""
 
-    def why_not(self, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
-        """Why the backend cannot run these tensors; None if it can."""
+    def why_not(self, inputs: LossInputs, options: LossOptions) -> str | None:
+        """Why the backend cannot run this call; None if it can. `inputs` may have no rows."""
 
     def amtss_loss(self, inputs: LossInputs, options: LossOptions, *, need_grad: bool, need_stats: bool) -> LossOutputs:
         """Loss, gradient and stats. Gives new tensors, none of them an input, and the same bits for the same inputs."""

@@ -57,11 +57,11 @@ _SCHEMA = f"""linear_amtss_loss(
     {schema_of(LinearInputs)}, {schema_of(LossOptions)}, Tensor? grad_loss, int? chunk_rows,
     bool need_grad_hidden, bool need_grad_weight, bool need_grad_bias, bool need_stats, str? backend
 ) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,
-      Tensor weights, Tensor margins, Tensor kd, Tensor student_margin)"""
+      {schema_of(AMTSSStats)})"""
 _N_INPUTS, _N_OPTIONS = len(LinearInputs._fields), len(OPTION_NAMES)
 
-# Loss, three gradients, four stats.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Loss, three gradients, the stats.
+Outputs = tuple[Tensor, ...]
 
 # A label that is impossible at any number of classes.
 _NO_CLASS = 2**62
@@ -99,13 +99,16 @@ def _compute(
         empty[1:],
         [],
         [],
+        [],
+        [],
+        [],
         inputs.labels,
         inputs.teacher_prior,
         inputs.teacher_mask,
         inputs.sample_weight,
         inputs.num_items,
     )
-    chosen = choose_backend(backend, call.student_logits, call.teacher_logits)
+    chosen = choose_backend(backend, call, options)
     if values_are_free(student_hidden):
         # Checked here, because a backend gets chunks and would name a row of the chunk.
         check_values(call, options)
@@ -320,7 +323,7 @@ def run(
 ) -> tuple[Tensor, AMTSSStats | None]:
     """The loss, with gradients for what needs them, and with `need_stats` the stats."""
     check_name(backend)
-    student, others, values = inputs[:3], inputs[3:], options.values()
+    student, others, values = inputs[:3], inputs[3:], options.values(len(inputs.teacher_hidden))
     needs = Needs(*(tensor is not None and tensor.requires_grad for tensor in student))
     if torch.is_grad_enabled() and any(needs):
         settings = (chunk_rows, need_stats, backend)

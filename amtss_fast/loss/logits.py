@@ -1,8 +1,8 @@
-"""8-bit logits and heads: a quarter of the bytes of float32, read directly where they are used."""
+"""Kinds of teacher logits and heads beside plain tensors: 8-bit codes, and the log-probabilities of the top k classes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ _LARGEST = 254
 # Logits further below the largest of their row are raised to this distance. A smaller range would cut off classes that
 # matter at high temperatures, a larger one would give coarser steps at temperature 1.
 _RANGE = 66.0
+Tail: TypeAlias = Literal["bucket", "renormalize"]
+TAILS: tuple[str, ...] = get_args(Tail)
 _LARGEST_SCALE = torch.finfo(torch.float32).max / 127 * (1 - 2**-23)
 
 
@@ -73,6 +75,33 @@ def dequantize(codes: Tensor, row_max: Tensor, step: Tensor) -> Tensor:
     """Logits [N, C] float32 of `codes` [N, C] uint8: row_max[n] - step[n] * code, -inf for code 255."""
     values = row_max.unsqueeze(-1) - step.unsqueeze(-1) * codes
     return values.where(codes != _MASKED, float("-inf"))
+
+
+class TopKLogprobs(NamedTuple):
+    """The log-probabilities of k classes in each row, as inference servers give them; a teacher in place of logits.
+
+    With `tail="bucket"` all other classes are one class that has the rest of the mass, for the teacher (1 - sum p_i)
+    and for the student, and the divergence is over these k + 1 classes: it is never negative, and for k = C it is that
+    of the dense logits. The rest at another temperature is unknown, so the temperatures of teacher and student must be
+    1. With `tail="renormalize"` the teacher has no mass outside of the list, p = softmax(logprobs / tau).
+
+    >>> teacher = TopKLogprobs(indices, logprobs)
+    >>> loss = amtss_loss(student_logits, [teacher], labels, temperature=1.0)
+    """
+
+    indices: Tensor
+    """[N, k] int32 or int64, the classes, in any order; no class twice in a row."""
+    logprobs: Tensor
+    """[N, k] floating, log p_i at temperature 1; -inf: no entry, whatever its index (padding)."""
+    tail: Tail = "bucket"
+
+    def to(self, device: torch.device | str) -> TopKLogprobs:
+        """The same on another device."""
+        return TopKLogprobs(self.indices.to(device), self.logprobs.to(device), self.tail)
+
+    def half(self) -> TopKLogprobs:
+        """The same in 6 bytes an entry, float16 and int32; a probability changes by at most 0.8 % of itself down to e^-16."""
+        return TopKLogprobs(self.indices.int(), self.logprobs.half(), self.tail)
 
 
 class QuantizedWeight(NamedTuple):

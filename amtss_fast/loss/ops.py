@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amtss_fast._compat.torch import backward_keeps_graph, dispatcher_is_watched
-from amtss_fast.loss.checks import check_values, values_are_free
+from amtss_fast.loss.checks import check_teacher_values, check_values, values_are_free
 from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, accumulation_dtype, gradient_dtype
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 from amtss_fast.loss.registry import best_backend, check_name, choose_backend
@@ -26,7 +26,10 @@ _SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     list[Tensor | None]: "Tensor?[]",
+    list[bool]: "bool[]",
     float: "float",
+    float | None: "float?",
+    float | Sequence[float] | None: "float[]?",
     int: "int",
 }
 
@@ -41,16 +44,18 @@ def schema_of(record: type) -> str:
 
 _SCHEMA = f"""amtss_loss(
     {schema_of(LossInputs)}, {schema_of(LossOptions)}, bool need_grad, bool need_stats, str? backend
-) -> (Tensor loss, Tensor grad, Tensor weights, Tensor margins, Tensor kd, Tensor student_margin)"""
+) -> (Tensor loss, Tensor grad, {schema_of(AMTSSStats)})"""
 _N_INPUTS, _N_OPTIONS = len(LossInputs._fields), len(OPTION_NAMES)
 
 
 def _compute(
     inputs: LossInputs, options: LossOptions, need_grad: bool, need_stats: bool, backend: str | None
 ) -> LossOutputs:
-    chosen = choose_backend(backend, inputs.student_logits, inputs.teacher_logits)
-    if not chosen.CHECKS_VALUES and values_are_free(inputs.student_logits):
-        check_values(inputs, options)
+    chosen = choose_backend(backend, inputs, options)
+    if values_are_free(inputs.student_logits):
+        check_teacher_values(inputs)
+        if not chosen.CHECKS_VALUES:
+            check_values(inputs, options)
     return chosen.amtss_loss(inputs, options, need_grad=need_grad, need_stats=need_stats)
 
 
@@ -80,8 +85,8 @@ def _amtss_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def empty_stats(new: Any, n_teachers: int, n_rows: int, needed: bool) -> AMTSSStats:
     """Memory for the stats from `new(shape)`; empty where they are not needed."""
-    per_teacher = (n_teachers, n_rows) if needed else (0,)
-    return AMTSSStats(new(per_teacher), new(per_teacher), new(per_teacher), new(n_rows if needed else 0))
+    shapes = [(n_rows,) if name == "student_margin" else (n_teachers, n_rows) for name in AMTSSStats._fields]
+    return AMTSSStats(*[new(shape if needed else (0,)) for shape in shapes])
 
 
 _library = torch.library.Library("amtss_fast", "DEF")
@@ -180,7 +185,7 @@ def run(
     with torch.no_grad():
         if _dispatcher_is_needed(student_logits, inputs.teacher_logits):
             loss, grad, *parts = torch.ops.amtss_fast.amtss_loss(
-                *inputs, *options.values(), need_grad, need_stats, backend
+                *inputs, *options.values(len(inputs.teacher_logits)), need_grad, need_stats, backend
             )
             stats = AMTSSStats(*parts) if need_stats else None
         else:

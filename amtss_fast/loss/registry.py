@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from amtss_fast.loss.contract import Backend
+from amtss_fast.loss.contract import Backend, LossInputs
+from amtss_fast.loss.options import LossOptions
 
 # The module of each backend.
 BACKENDS = {
@@ -45,24 +44,24 @@ def check_name(name: str | None) -> None:
         find_backend(name)
 
 
-def choose_backend(name: str | None, student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Backend:
-    """The backend of that name, or without a name the first one of the device that runs these tensors.
+def choose_backend(name: str | None, inputs: LossInputs, options: LossOptions) -> Backend:
+    """The backend of that name, or without a name the first one of the device that runs this call.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend that is missing or cannot run them.
+        RuntimeError: a backend that is missing or cannot run it.
     """
     if name is not None:
         backend = find_backend(name)
         if (reason := why_missing(name)) is not None:
             raise RuntimeError(f"backend {name!r} is not available: {reason}")
-        if (reason := backend.why_not(student_logits, teacher_logits)) is not None:
+        if (reason := backend.why_not(inputs, options)) is not None:
             raise RuntimeError(f"backend {name!r} cannot run these tensors: {reason}")
         return backend
-    for preferred in _PREFERENCE.get(student_logits.device.type, ("reference",)):
+    for preferred in _PREFERENCE.get(inputs.student_logits.device.type, ("reference",)):
         if why_missing(preferred) is None:
             backend = find_backend(preferred)
-            if backend.why_not(student_logits, teacher_logits) is None:
+            if backend.why_not(inputs, options) is None:
                 return backend
     raise AssertionError("the reference runs everything")
 

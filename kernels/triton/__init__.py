@@ -7,10 +7,11 @@ This module satisfies the protocol :class:`amtss_fast.loss.contract.Backend`. It
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+
+from amtss_fast.loss.contract import LossInputs
+from amtss_fast.loss.options import LossOptions
 
 if importlib.util.find_spec("triton") is not None:
     from .binary import interpreted
@@ -32,12 +33,17 @@ def why_missing() -> str | None:
     return "there is no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
 
 
-def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
-    """Why the backend cannot run these tensors; None if it can."""
+def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
+    """Why the backend cannot run this call; None if it can."""
+    student_logits, teacher_logits = inputs.student_logits, inputs.teacher_logits
     if not student_logits.is_cuda and not (interpreted() and student_logits.device.type == "cpu"):
         return f"they are on {student_logits.device}, the kernels need a CUDA or ROCm device"
     if student_logits.dtype not in _FLOATS:
         return f"student_logits is {student_logits.dtype}, allowed are float32, bfloat16 and float16"
+    if options.divergence != "forward_kl" or options.teacher_temperature is not None or inputs.teacher_rows:
+        return "not yet"
+    if inputs.teacher_indices:
+        return "not yet"
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in (*_FLOATS, torch.uint8):
             return f"teacher_logits[{k}] is {teacher.dtype}, allowed are float32, bfloat16, float16 and 8-bit codes"

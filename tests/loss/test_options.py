@@ -13,7 +13,7 @@ import torch
 
 from amtss_fast import AMTSSLoss, LossOptions, amtss_loss, linear_amtss_loss
 from amtss_fast.loss import contract, registry
-from amtss_fast.loss.options import OPTION_NAMES, REDUCTIONS, WEIGHTINGS, LossKeywords, Reduction, Weighting
+from amtss_fast.loss.options import DIVERGENCES, OPTION_NAMES, REDUCTIONS, WEIGHTINGS, Divergence, LossKeywords, Reduction, Weighting
 
 OTHERS: dict[str, Any] = {
     "temperature": 3.0,
@@ -25,6 +25,9 @@ OTHERS: dict[str, Any] = {
     "ignore_index": -7,
     "unlabeled_index": -8,
     "reduction": "sum",
+    "divergence": "skew_reverse_kl",
+    "divergence_beta": 0.25,
+    "teacher_temperature": (1.5, 3.0),
 }
 """A value of each option that is not its default."""
 
@@ -33,13 +36,14 @@ def test_every_option_is_tried_here() -> None:
     assert tuple(OTHERS) == OPTION_NAMES
     defaults = LossOptions()
     assert all(getattr(defaults, name) != value for name, value in OTHERS.items())
-    assert LossOptions(**OTHERS).values() == tuple(OTHERS.values())
+    assert LossOptions(**OTHERS).values(2) == tuple(OTHERS.values())
 
 
 def test_keywords_are_the_fields() -> None:
     assert get_type_hints(LossKeywords) == get_type_hints(LossOptions)
     assert get_args(Weighting) == WEIGHTINGS
     assert get_args(Reduction) == REDUCTIONS
+    assert get_args(Divergence) == DIVERGENCES
 
 
 @pytest.mark.parametrize("function", [amtss_loss, linear_amtss_loss, AMTSSLoss])
@@ -101,6 +105,8 @@ def test_an_option_reaches_every_backend(backend: str, name: str, value: Any) ->
     if name.endswith("_index"):
         labels = labels.where(labels != getattr(LossOptions(), name), value)
     options: Any = {"ce_weight": 0.5, name: value}
+    if name == "divergence_beta":
+        options["divergence"] = "jsd"
     loss = amtss_loss(student, teachers, labels, **options, backend=backend)
     torch.testing.assert_close(
         loss, amtss_loss(student, teachers, labels, **options, backend="reference"), rtol=1e-5, atol=1e-6
@@ -123,6 +129,14 @@ def test_an_option_reaches_every_backend(backend: str, name: str, value: Any) ->
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
         ({"ignore_index": -1}, ValueError, "ignore_index and unlabeled_index must differ, both are -1"),
         ({"reduction": "median"}, ValueError, "reduction must be one of"),
+        ({"divergence": "kl"}, ValueError, "divergence must be one of .*, got 'kl'"),
+        ({"divergence": "jsd", "divergence_beta": 1}, ValueError, r"divergence_beta must be in \(0, 1\).*, got 1.0"),
+        ({"divergence": "jsd", "divergence_beta": math.nan}, ValueError, "divergence_beta must be in"),
+        ({"divergence": "jsd", "divergence_beta": "0.5"}, TypeError, "divergence_beta must be a number, got '0.5'"),
+        ({"divergence_beta": 0.5}, ValueError, "divergence_beta has no meaning for divergence='forward_kl', got 0.5"),
+        ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be positive and finite, got 0.0"),
+        ({"teacher_temperature": [2, -1.0]}, ValueError, r"teacher_temperature\[1\] must be positive and finite, got -1"),
+        ({"teacher_temperature": ["2"]}, TypeError, r"teacher_temperature\[0\] must be a number, got '2'"),
         ({"temprature": 2}, TypeError, "temprature"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ scale_gradient = None
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _MAX_TEACHERS = 256
+NOT_NATIVE = ("reduction", "teacher_temperature", "divergence", "divergence_beta")
+"""The options that are no part of the C++ struct: the kernel gets a divisor, and a temperature with each matrix."""
 _MAX_CLASSES = 2**31 - 1
 
 
@@ -46,8 +47,9 @@ def instruction_set() -> str:
     return str(_cpu.instruction_set())
 
 
-def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | None:
-    """Why the backend cannot run these tensors; None if it can."""
+def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
+    """Why the backend cannot run this call; None if it can."""
+    student_logits, teacher_logits = inputs.student_logits, inputs.teacher_logits
     if student_logits.device.type != "cpu":
         return f"it runs CPU tensors, student_logits are on {student_logits.device}"
     if student_logits.dtype not in _TYPES:
@@ -56,6 +58,10 @@ def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | N
         return f"there are {student_logits.shape[1]} classes; it takes up to {_MAX_CLASSES}"
     if len(teacher_logits) > _MAX_TEACHERS:
         return f"there are {len(teacher_logits)} teachers; it takes up to {_MAX_TEACHERS}"
+    if options.divergence != "forward_kl" or options.teacher_temperature is not None or inputs.teacher_rows:
+        return "not yet"
+    if inputs.teacher_indices:
+        return "not yet"
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in _TYPES:
             return f"teacher_logits[{k}] is {teacher.dtype}; it takes float32, bfloat16, float16 and 8-bit codes"
@@ -64,10 +70,10 @@ def why_not(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> str | N
 
 @functools.lru_cache(maxsize=1024)
 def native_options(options: LossOptions) -> Any:
-    """The C++ struct of the options; `reduction` is not part of it, because the kernel gets a divisor in its place."""
+    """The C++ struct of the options."""
     native = _cpu.Options()
     for name in OPTION_NAMES:
-        if name != "reduction":
+        if name not in NOT_NATIVE:
             setattr(native, name, getattr(options, name))
     return native
 
