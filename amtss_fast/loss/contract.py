@@ -100,6 +100,12 @@ class Backend(Protocol):
         """Loss, gradient and stats. Gives new tensors, none of them an input, and the same bits for the same inputs."""
 
 
+def empty_stats(new: Callable[[tuple[int, ...]], Tensor], n_teachers: int, n_rows: int) -> AMTSSStats:
+    """Memory for the stats from `new(shape)`."""
+    shapes = [(n_rows,) if name == "student_margin" else (n_teachers, n_rows) for name in AMTSSStats._fields]
+    return AMTSSStats(*[new(shape) for shape in shapes])
+
+
 def accumulation_dtype(student_logits: Tensor) -> torch.dtype:
     """The dtype of sums, loss and stats: float32, or float64 where the student's logits are."""
     return torch.float64 if student_logits.dtype == torch.float64 else torch.float32

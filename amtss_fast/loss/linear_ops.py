@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from amtss_fast.loss.checks import check_values, values_are_free
-from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype, gradient_dtype
+from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype, empty_stats, gradient_dtype
 from amtss_fast.loss.head import Head, Scratch, default_chunk_rows, padded_classes
-from amtss_fast.loss.ops import empty_stats, scale_saved_gradient, schema_of, use_one_thread_after_fork
+from amtss_fast.loss.ops import scale_saved_gradient, schema_of, use_one_thread_after_fork
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 from amtss_fast.loss.registry import check_name, choose_backend
 
@@ -230,7 +230,7 @@ def _new_outputs(inputs: LinearInputs, reduction: str, needs: Needs, need_stats:
         new(student_hidden.shape if needs.need_grad_hidden else 0, gradient_dtype(student_hidden)),
         new(student_weight.shape if needs.need_grad_weight else 0),
         new(n_classes if needs.need_grad_bias else 0),
-        *empty_stats(new, len(inputs.teacher_hidden), n_rows, need_stats),
+        *(empty_stats(new, len(inputs.teacher_hidden), n_rows) if need_stats else [new(0) for _ in AMTSSStats._fields]),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amtss_fast._compat.torch import backward_keeps_graph, dispatcher_is_watched
 from amtss_fast.loss.checks import check_teacher_values, check_values, values_are_free
-from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, accumulation_dtype, gradient_dtype
+from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, accumulation_dtype, empty_stats, gradient_dtype
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 from amtss_fast.loss.registry import best_backend, check_name, choose_backend
 
@@ -79,14 +79,8 @@ def _amtss_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         new(n_rows if options["reduction"] == "none" else ()),
         student_logits.new_empty((n_rows, n_classes) if need_grad else (0,), dtype=gradient_dtype(student_logits)),
-        *empty_stats(new, len(teacher_logits), n_rows, need_stats),
+        *(empty_stats(new, len(teacher_logits), n_rows) if need_stats else [new((0,)) for _ in AMTSSStats._fields]),
     )
-
-
-def empty_stats(new: Any, n_teachers: int, n_rows: int, needed: bool) -> AMTSSStats:
-    """Memory for the stats from `new(shape)`; empty where they are not needed."""
-    shapes = [(n_rows,) if name == "student_margin" else (n_teachers, n_rows) for name in AMTSSStats._fields]
-    return AMTSSStats(*[new(shape if needed else (0,)) for shape in shapes])
 
 
 _library = torch.library.Library("amtss_fast", "DEF")

@@ -45,17 +45,20 @@ const Kernel& kernel() {
     return chosen;
 }
 
-// Six numbers per matrix: address, row stride, column stride, type, address of row_max, address of step.
-Matrix matrix(const int64_t* m) {
-    return {pointer<void>(m[0]), m[1], m[2], Type(m[3]), pointer<float>(m[4]), pointer<float>(m[5])};
+// Seven numbers per matrix: address, row stride, column stride, type, addresses of row_max, step and place.
+constexpr size_t matrix_numbers = 7;
+Matrix matrix(const int64_t* m, double temperature) {
+    return {pointer<void>(m[0]), m[1], m[2], Type(m[3]), pointer<float>(m[4]), pointer<float>(m[5]), temperature,
+            pointer<int32_t>(m[6])};
 }
 
-nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matrices, uintptr_t labels, uintptr_t prior,
+nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matrices,
+                const std::vector<double>& temperatures, uintptr_t labels, uintptr_t prior,
                 bool prior_per_row, uintptr_t mask, uintptr_t sample_weight, const Options& options, double divisor,
                 uintptr_t gradient, int gradient_type, uintptr_t row_loss, uintptr_t weights, uintptr_t margins,
-                uintptr_t kd, uintptr_t student_margin, uintptr_t loss, int threads) {
+                uintptr_t kd, uintptr_t student_margin, uintptr_t teacher_scale, uintptr_t pull, uintptr_t loss, int threads) {
     std::vector<Matrix> logits;
-    for (size_t i = 0; i + 6 <= matrices.size(); i += 6) logits.push_back(matrix(&matrices[i]));
+    for (size_t j = 0; j < temperatures.size(); j++) logits.push_back(matrix(&matrices.at(matrix_numbers * j), temperatures[j]));
     Problem p{options};
     p.rows = rows;
     p.classes = classes;
@@ -74,6 +77,8 @@ nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matri
     p.margins = pointer<float>(margins);
     p.kd = pointer<float>(kd);
     p.student_margin = pointer<float>(student_margin);
+    p.teacher_scale = pointer<float>(teacher_scale);
+    p.pull = pointer<float>(pull);
     Outcome outcome;
     {
         nb::gil_scoped_release released;
@@ -83,12 +88,22 @@ nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matri
     return nb::make_tuple(int(outcome.fault), outcome.index);
 }
 
+// The number of `name` among `names`.
+template <class Names>
+int number_of(const char* option, const Names& names, const std::string& name) {
+    const auto found = std::find(std::begin(names), std::end(names), name);
+    if (found == std::end(names)) throw nb::value_error((std::string(option) + " " + name + " is unknown").c_str());
+    return int(found - std::begin(names));
+}
+
 std::string weighting(const Options& options) { return weighting_names[int(options.weighting)]; }
+std::string divergence(const Options& options) { return divergence_names[int(options.divergence)]; }
+void set_divergence(Options& options, const std::string& name) {
+    options.divergence = Divergence(number_of("divergence", divergence_names, name));
+}
 
 void set_weighting(Options& options, const std::string& name) {
-    const auto* const found = std::find(std::begin(weighting_names), std::end(weighting_names), name);
-    if (found == std::end(weighting_names)) throw nb::value_error(("weighting " + name + " is unknown").c_str());
-    options.weighting = Weighting(found - weighting_names);
+    options.weighting = Weighting(number_of("weighting", weighting_names, name));
 }
 
 // The tensor owns its block and returns it when the last reference to its storage is gone.
@@ -111,12 +126,15 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<>())
         .def_rw("temperature", &Options::temperature)
         .def_prop_rw("weighting", &weighting, &set_weighting)
+        .def_prop_rw("divergence", &divergence, &set_divergence)
+        .def_rw("divergence_beta", &Options::divergence_beta)
         .def_rw("weight_temperature", &Options::weight_temperature)
         .def_rw("kd_weight", &Options::kd_weight)
         .def_rw("ce_weight", &Options::ce_weight)
         .def_rw("label_smoothing", &Options::label_smoothing)
         .def_rw("ignore_index", &Options::ignore_index)
         .def_rw("unlabeled_index", &Options::unlabeled_index);
+    m.attr("divergences") = std::vector<std::string>(std::begin(divergence_names), std::end(divergence_names));
     m.attr("weightings") = std::vector<std::string>(std::begin(weighting_names), std::end(weighting_names));
     m.def("loss", &loss,
           "Writes loss, gradient and stats to the given addresses. Returns None, or (tensor, index) of a wrong value, with "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amtss_fast.loss.checks import check_num_items, raise_label, raise_weight
-from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, gradient_dtype
+from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, empty_stats, gradient_dtype
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 
 _MISSING: str | None = None
@@ -26,7 +26,7 @@ scale_gradient = None
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _MAX_TEACHERS = 256
-NOT_NATIVE = ("reduction", "teacher_temperature", "divergence", "divergence_beta")
+NOT_NATIVE = ("reduction", "teacher_temperature")
 """The options that are no part of the C++ struct: the kernel gets a divisor, and a temperature with each matrix."""
 _MAX_CLASSES = 2**31 - 1
 
@@ -58,10 +58,8 @@ def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
         return f"there are {student_logits.shape[1]} classes; it takes up to {_MAX_CLASSES}"
     if len(teacher_logits) > _MAX_TEACHERS:
         return f"there are {len(teacher_logits)} teachers; it takes up to {_MAX_TEACHERS}"
-    if options.divergence != "forward_kl" or options.teacher_temperature is not None or inputs.teacher_rows:
-        return "not yet"
     if inputs.teacher_indices:
-        return "not yet"
+        return "it takes no top-k log-probabilities"
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in _TYPES:
             return f"teacher_logits[{k}] is {teacher.dtype}; it takes float32, bfloat16, float16 and 8-bit codes"
@@ -73,7 +71,7 @@ def native_options(options: LossOptions) -> Any:
     """The C++ struct of the options."""
     native = _cpu.Options()
     for name in OPTION_NAMES:
-        if name not in NOT_NATIVE:
+        if name not in NOT_NATIVE and getattr(options, name) is not None:
             setattr(native, name, getattr(options, name))
     return native
 
@@ -83,7 +81,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
     native = native_options(options)
     student, n_teachers = inputs.student_logits, len(inputs.teacher_logits)
     n_rows, n_classes = student.shape
-    # Holds the copies that a stride or a dtype makes necessary until the call is over.
+    # Holds the copies that a stride or a dtype makes necessary until the call is over, and what is made here.
     alive = []
 
     def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
@@ -91,16 +89,17 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
             return 0
         if tensor.dtype is not dtype or not tensor.is_contiguous():
             tensor = tensor.to(dtype).contiguous()
-            alive.append(tensor)
+        alive.append(tensor)
         return tensor.data_ptr()
 
-    matrices = [student.data_ptr(), *student.stride(), _TYPES[student.dtype], 0, 0]
+    matrices = [student.data_ptr(), *student.stride(), _TYPES[student.dtype], 0, 0, 0]
     for k, teacher in enumerate(inputs.teacher_logits):
         matrices += (teacher.data_ptr(), *teacher.stride(), _TYPES[teacher.dtype])
         if inputs.teacher_row_max:
             matrices += (address(inputs.teacher_row_max[k]), address(inputs.teacher_step[k]))
         else:
             matrices += (0, 0)
+        matrices.append(address(_places(inputs.teacher_rows, k, n_rows), torch.int32))
 
     divisor = 1.0
     if inputs.num_items is not None:
@@ -120,13 +119,13 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         grad = torch.empty(n_rows, n_classes, dtype=grad_type)
     stats = None
     if need_stats:
-        weights, margins, kd = (torch.empty(n_teachers, n_rows) for _ in range(3))
-        stats = AMTSSStats(weights, margins, kd, torch.empty(n_rows))
+        stats = empty_stats(torch.empty, n_teachers, n_rows)
 
     fault = _cpu.loss(
         n_rows,
         n_classes,
         matrices,
+        [options.temperature, *options.teacher_temperatures(n_teachers)],
         address(inputs.labels, torch.int64),
         address(inputs.teacher_prior),
         inputs.teacher_prior is not None and inputs.teacher_prior.dim() == 2,
@@ -137,7 +136,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         0 if grad is None else grad.data_ptr(),
         _TYPES[grad_type],
         loss.data_ptr() if per_row else 0,
-        *([0, 0, 0, 0] if stats is None else [stat.data_ptr() for stat in stats]),
+        *([0] * len(AMTSSStats._fields) if stats is None else [stat.data_ptr() for stat in stats]),
         0 if per_row else loss.data_ptr(),
         torch.get_num_threads(),
     )
@@ -149,3 +148,12 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         weight = getattr(inputs, name)
         raise_weight(name, float(weight.flatten()[index]))
     return LossOutputs(loss, grad, stats)
+
+
+def _places(rows: list[Tensor | None], k: int, n_rows: int) -> Tensor | None:
+    """[N] int32: for each row its place among the rows of teacher `k`, or -1; None: they are all rows."""
+    if not rows or (own := rows[k]) is None:
+        return None
+    places = torch.full((n_rows,), -1, dtype=torch.int32)
+    places[own] = torch.arange(len(own), dtype=torch.int32)
+    return places

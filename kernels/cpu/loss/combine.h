@@ -15,6 +15,8 @@ void Worker::combine_row(int lane) {
         __builtin_memset(out, 0, p.classes * size);
         return;
     }
+    bool taught = false;
+    for (int64_t j = 1; j < layout.tensors; j++) taught |= tensor[j].factor[lane] != 0;
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
         end = block_end(from);
         const int64_t count = end - from;
@@ -43,11 +45,12 @@ void Worker::combine_row(int lane) {
                 default: return f(waiting[0], waiting[1], waiting[2], waiting[3]);
             }
         };
-        for (int64_t j = 1; j < layout.tensors; j++) {
+        const bool compares = p.compares() && taught;
+        for (int64_t j = 1; j < layout.tensors && !p.compares(); j++) {
             const float factor = tensor[j].factor[lane];
             if (factor == 0) continue;
             if (!layout.keep) {
-                with_term(j, j, factor, soft, [&](auto term) { add_block(gradient, count, empty, term); });
+                with_term(j, j, factor, soft[j].exponent, [&](auto term) { add_block(gradient, count, empty, term); });
                 empty = false;
                 continue;
             }
@@ -56,18 +59,19 @@ void Worker::combine_row(int lane) {
                 empty = false;
                 terms = 0;
             }
-            waiting[terms++] = kept_term(j, factor, soft);
+            waiting[terms++] = kept_term(j, factor, soft[j].exponent);
         }
+        const float* const sum = !compares ? gradient : layout.keep ? kept_row(lane, 1) + from : slopes + from;
         // Without cross entropy, the last sum is written directly to the output.
         char* const to = out + from * size;
         const bool cross = row.cross[lane] != 0;
         const float own = tensor[0].factor[lane];
         const auto finish = [&](auto out) {
-            with_term(0, 0, own, soft, [&](auto own) {
-                with_waiting([&](auto... terms) { finish_block(out, gradient, count, empty, own, terms...); });
+            with_term(0, 0, own, soft[0].exponent, [&](auto own) {
+                with_waiting([&](auto... terms) { finish_block(out, sum, count, empty && !compares, own, terms...); });
             });
         };
-        if (own == 0) {
+        if (own == 0 && !compares) {
             // The student's factor is 0 only if all teachers' factors are.
             __builtin_memset(gradient, 0, count * sizeof(float));
         } else if (cross) {
@@ -98,6 +102,7 @@ void Worker::combine_columns(int g) {
     const int64_t classes = p.classes, lanes = layout.lanes, size = classes * lanes;
     float* const student_a = kept + layout.tensors * size;
     float* const cross_e = student_a + size;
+    const float* const slopes = cross_e + size;
     const Rows& row = this->row[g];
     const Measured* const tensor = this->tensor + g * layout.tensors;
     const vf alive = load(row.weight), none = {};
@@ -105,7 +110,8 @@ void Worker::combine_columns(int g) {
     const auto exponentials = [&](const float* e, vf factor) -> vf { return factor != 0 ? load(e) : none; };
     for (int64_t c = 0, i = g * W; c < classes; c++, i += lanes) {
         vf mixture = none;
-        for (int64_t j = 1; j < layout.tensors; j++) {
+        if (p.compares()) mixture = load(slopes + i);
+        for (int64_t j = 1; j < layout.tensors && !p.compares(); j++) {
             const vf factor = load(tensor[j].factor);
             mixture = fma(factor, exponentials(kept + j * size + i, factor), mixture);
         }

@@ -21,15 +21,19 @@ constexpr int64_t logits_worth_a_thread = 1 << 15;
 constexpr int64_t max_parts = 512;
 
 struct Scratch {
-    std::unique_ptr<char, void (*)(void*)> memory{static_cast<char*>(std::aligned_alloc(64, scratch_bytes)), std::free};
-    Scratch() {
-        if (!memory) throw std::bad_alloc();
-    }
+    std::unique_ptr<char, void (*)(void*)> memory{nullptr, std::free};
+    int64_t size = 0;
 };
 
-// The scratch of this thread, made at its first call; throws std::bad_alloc.
-char* thread_scratch() {
+// The scratch of this thread, at least `bytes`, a multiple of 64; throws std::bad_alloc.
+char* thread_scratch(int64_t bytes) {
     thread_local Scratch scratch;
+    if (scratch.size < bytes) {
+        scratch.size = 0;
+        scratch.memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+        if (!scratch.memory) throw std::bad_alloc();
+        scratch.size = bytes;
+    }
     return scratch.memory.get();
 }
 
@@ -98,16 +102,17 @@ Outcome run(const Kernel& kernel, Problem& p, double divisor, float* loss, int t
         const Problem& p;
         int64_t part;
         double* sums;
-    } context{kernel, p, part, sums};
+        int64_t bytes;
+    } context{kernel, p, part, sums, kernel.scratch(p)};
     const int64_t parts = part ? (p.rows + part - 1) / part : 0;
     if (p.rows * p.classes * (1 + p.teachers) < logits_worth_a_thread) threads = 1;
     // Where memory is short, this throws; the OpenMP library would end the process when it starts its threads.
-    if (parts > 0) thread_scratch();
+    if (parts > 0) thread_scratch(context.bytes);
     parallel_for(
         parts, threads,
         [](void* pointer, int64_t i) {
             const Context& c = *static_cast<const Context*>(pointer);
-            c.sums[i] = c.kernel.loss(c.p, i * c.part, std::min(c.p.rows, (i + 1) * c.part), thread_scratch());
+            c.sums[i] = c.kernel.loss(c.p, i * c.part, std::min(c.p.rows, (i + 1) * c.part), thread_scratch(c.bytes));
         },
         &context);
     if (loss) {

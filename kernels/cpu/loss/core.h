@@ -11,21 +11,30 @@ enum class Weighting : int32_t { label_margin, top2_margin, label_nll };
 // In the order of the enumerators.
 constexpr const char* weighting_names[] = {"label_margin", "top2_margin", "label_nll"};
 
+enum class Divergence : int32_t { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd };
+constexpr const char* divergence_names[] = {"forward_kl",      "reverse_kl",      "jsd",
+                                            "skew_forward_kl", "skew_reverse_kl", "tvd"};
+
 // Logits [rows, classes], with strides in elements. A code is the logit row_max[row] - step[row] * code, or -inf if it
-// is 255.
+// is 255. Of a teacher with rows of its own, row n of the problem is row place[n] of the matrix, or none at -1.
 struct Matrix {
     const void* data;
     int64_t row_stride, column_stride;
     Type type;
     const float* row_max;
     const float* step;
+    double temperature;
+    const int32_t* place;  // [rows of the problem]; null: row n is row n
+
+    int64_t row(int64_t n) const { return place ? place[n] : n; }
 };
 
 // The options of the loss, as in amtss_fast/loss/options.py.
 struct Options {
     double temperature, weight_temperature;
-    float kd_weight, ce_weight, label_smoothing;
+    float kd_weight, ce_weight, label_smoothing, divergence_beta;
     Weighting weighting;
+    Divergence divergence;
     int64_t ignore_index, unlabeled_index;
 };
 
@@ -45,8 +54,10 @@ struct Problem : Options {
     float gradient_scale;  // 1 / divisor of the loss, a factor of the gradient
     bool stream;           // write the gradient past the cache, because it is larger
     float* row_loss;       // [rows], not divided
-    float *weights, *margins, *kd;  // [teachers, rows]; all of the stats are given or none
-    float* student_margin;          // [rows]
+    // All of the stats are given or none. [teachers, rows], but student_margin [rows].
+    float *weights, *margins, *kd, *student_margin, *teacher_scale, *pull;
+
+    bool compares() const { return divergence != Divergence::forward_kl; }
 };
 
 // The code for one instruction set.
@@ -56,12 +67,15 @@ struct Kernel {
     int64_t (*tile)(const Problem&);
     // Writes the outputs of the rows [begin, end) and returns the sum of their losses.
     double (*loss)(const Problem&, int64_t begin, int64_t end, char* scratch);
+    // Bytes of scratch that `loss` needs.
+    int64_t (*scratch)(const Problem&);
     // y[i] = exp(x[i]) for x <= 0, with the exponential of the loss.
     void (*exp)(const float* x, float* y, int64_t n);
 };
 
-// Scratch of one thread, aligned to 64 bytes. Its size decides which intermediate results are kept. It is the same on
-// every machine and for every number of threads, and so are the results.
+// Scratch of one thread, aligned to 64 bytes, for tiles of rows. Its size decides which intermediate results are kept. It
+// is the same on every machine and for every number of threads, and so are the results. Long rows of some divergences
+// need one more row of floats.
 constexpr int64_t scratch_bytes = 640 * 1024;
 
 extern const Kernel kernel_baseline;

@@ -1,5 +1,5 @@
 #include "loss/kernel.h"
 
 namespace amtss {
-extern const Kernel kernel_avx512 = {"avx512", tile_rows, loss_rows, exp_all};
+extern const Kernel kernel_avx512 = {"avx512", tile_rows, loss_rows, scratch_of, exp_all};
 }

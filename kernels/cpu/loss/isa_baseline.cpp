@@ -2,8 +2,8 @@
 
 namespace amtss {
 #if defined(__x86_64__)
-extern const Kernel kernel_baseline = {"sse2", tile_rows, loss_rows, exp_all};
+extern const Kernel kernel_baseline = {"sse2", tile_rows, loss_rows, scratch_of, exp_all};
 #else
-extern const Kernel kernel_baseline = {"neon", tile_rows, loss_rows, exp_all};
+extern const Kernel kernel_baseline = {"neon", tile_rows, loss_rows, scratch_of, exp_all};
 #endif
 }

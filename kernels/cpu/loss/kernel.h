@@ -8,7 +8,10 @@
 //   measure           per tensor and row: the largest logits, Z = sum e^a and D = sum e^a (a - b), with a and b the
 //                     teacher's and the student's logits less their maxima. With many classes, `measure_row` goes along
 //                     the classes of one row; with few, `measure_columns` goes along the classes of W rows.
-//   weigh             from the sums to losses, and the factor of each tensor's e^a in the gradient.
+//   weigh             from the sums to margins and the weights of the teachers.
+//   pull              only for the stats: how far teachers and student are apart.
+//   compare           only for other divergences than the forward KL: their terms and slopes, class by class.
+//   settle            losses, and the factor of each tensor's e^a in the gradient.
 //   combine           the gradient, from the exponentials that `measure` kept. If a row is too long to keep them, they
 //                     are computed from the logits again.
 #pragma once
@@ -18,6 +21,8 @@
 #include "loss/row_inputs.h"
 #include "loss/measure.h"
 #include "loss/weigh.h"
+#include "loss/compare.h"
+#include "loss/settle.h"
 #include "loss/combine.h"
 
 namespace {
@@ -37,6 +42,15 @@ void Worker::run_tile(int64_t first) {
         finish_rows();
     }
     for (int g = 0; g < groups; g++) weigh(g);
+    if (p.pull) {
+        for (int g = 0; layout.by_columns && g < groups; g++) pull_columns(g);
+        for (int lane = 0; !layout.by_columns && lane < rows; lane++) pull_row(lane);
+    }
+    if (p.compares()) {
+        for (int g = 0; layout.by_columns && g < groups; g++) compare_columns(g);
+        for (int lane = 0; !layout.by_columns && lane < rows; lane++) compare_row(lane);
+    }
+    for (int g = 0; g < groups; g++) settle(g);
     if (!p.gradient) return;
     if (layout.by_columns) {
         for (int g = 0; g < groups; g++) combine_columns(g);
@@ -49,6 +63,8 @@ void Worker::run_tile(int64_t first) {
 }
 
 int64_t tile_rows(const Problem& p) { return Layout(p).tile; }
+
+int64_t scratch_of(const Problem& p) { return Layout(p).bytes(p); }
 
 double loss_rows(const Problem& p, int64_t begin, int64_t end, char* scratch) {
     Worker worker(p, scratch);

@@ -13,14 +13,17 @@ constexpr int64_t block = 128 * W;
 // Up to this many classes, a lane holds a row. Its sums are float, which limits the number.
 constexpr int64_t few_classes = 12 * W < 128 ? 12 * W : 128;
 
+constexpr int64_t softness_bytes = 24;
+
 struct Layout {
     bool by_columns;   // few classes: each lane holds a row
     bool separate_ce;  // the cross entropy needs exponentials of its own: its temperature is 1
-    bool keep;         // the exponentials of a tile are kept for its gradient
+    bool keep;         // the exponentials of a tile are kept, because they are needed again
     int tile;          // rows of a tile
     int groups;        // of W rows each, in a tile
     int64_t tensors;   // the student and the teachers
     int64_t lanes;     // floats of a column in scratch
+    int64_t columns;   // [classes, lanes] in scratch
     int64_t width;     // floats of a row in scratch
     int64_t span;      // classes of a block
     int64_t blocks;    // of a row, plus one
@@ -29,23 +32,32 @@ struct Layout {
         tensors = 1 + p.teachers;
         separate_ce = p.ce_weight > 0 && p.temperature != 1;
         const int64_t group_bytes = sizeof(Rows) + tensors * sizeof(Measured);
-        const int64_t free = scratch_bytes - tensors * sizeof(Running) - 4 * block * sizeof(float) - 1024;
+        // By columns: the exponentials, two of the student's, and where teachers are compared, their logits.
+        columns = tensors + 2 + (p.compares() ? p.teachers : 0);
+        const int64_t free =
+            scratch_bytes - tensors * (sizeof(Running) + softness_bytes) - 4 * block * sizeof(float) - 1024;
         width = (p.classes + W - 1) / W * W;
         // The blocks of a row have nearly one size: each prefetches as many logits as the next one has.
         const int64_t least = (p.classes + block - 1) / block;
         span = ((p.classes + least - 1) / least + 2 * W - 1) / (2 * W) * (2 * W);
         blocks = (p.classes + span - 1) / span + 1;
         const int64_t row_bytes = (tensors + separate_ce) * (width + blocks) * sizeof(float);
-        keep = p.gradient && row_bytes <= free - group_bytes;
+        const bool again = p.gradient || p.compares() || p.pull;
+        keep = again && row_bytes <= free - group_bytes;
         // Several groups hide the latencies of each other's instructions while their columns fit the first-level cache.
         for (groups = 4; groups >= 1; groups /= 2) {
             lanes = tile = groups * W;
-            const int64_t column_bytes = ((tensors + 2) * p.classes + flat_columns(p)) * lanes * sizeof(float);
+            const int64_t column_bytes = (columns * p.classes + flat_columns(p)) * lanes * sizeof(float);
             by_columns = p.classes <= few_classes && groups * group_bytes + column_bytes <= (groups > 1 ? 32 * 1024 : free);
             if (by_columns) return;
         }
         groups = 1;
-        if (p.gradient) tile = !keep ? 1 : (free - group_bytes) / row_bytes < W ? int((free - group_bytes) / row_bytes) : W;
+        if (again) tile = !keep ? 1 : (free - group_bytes) / row_bytes < W ? int((free - group_bytes) / row_bytes) : W;
+    }
+
+    // Bytes of the scratch, with room for the slopes of a row whose exponentials are not kept.
+    int64_t bytes(const Problem& p) const {
+        return scratch_bytes + (p.compares() && p.gradient && !by_columns && !keep ? (width * 4 + 63) / 64 * 64 : 0);
     }
 
     // The rows of a tile, one after the other, take as much room as this many columns.

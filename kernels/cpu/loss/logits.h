@@ -51,6 +51,7 @@ inline vf load(const Row<T>& row, int64_t i, Part part) {
 // Calls f(row) with row n in its own type.
 template <class F>
 inline auto with_row(const Matrix& m, int64_t n, F f) {
+    n = m.row(n);
     const int64_t offset = n * m.row_stride;
     switch (m.type) {
         case Type::f32: return f(Row<float>{(const float*)m.data + offset, m.column_stride, 0, 0});
@@ -74,7 +75,7 @@ inline void copy(const Matrix& m, int64_t n, int64_t begin, int64_t count, float
 // `count` consecutive floats, the logits of row n from class `begin` on: in place where they are that already,
 // otherwise copied into `buffer`.
 inline const float* read(const Matrix& m, int64_t n, int64_t begin, int64_t count, float* buffer) {
-    if (m.type == Type::f32 && m.column_stride == 1) return (const float*)m.data + n * m.row_stride + begin;
+    if (m.type == Type::f32 && m.column_stride == 1) return (const float*)m.data + m.row(n) * m.row_stride + begin;
     copy(m, n, begin, count, buffer);
     return buffer;
 }

@@ -26,15 +26,16 @@ void Worker::measure_row(int lane) {
         // far above it. So only the first block is read for its maximum before its exponentials are computed.
         const auto measure = [&](Running& t, const auto& x, auto f) {
             const auto add_up = [&] { return two ? f(BestTwo{}, t.origin) : f(Best{}, t.origin); };
+            const Softness& own = soft[&t - running];
             if (t.top.first == -infinity) {
                 t.top.first = largest(x, count);
-                t.rebase(0, soft);
+                t.rebase(0, own.exponent, own.ratio);
                 t.top.first = -infinity;
             }
             Sums sums = add_up();
             t.top = merge(t.top, sums.top);
-            if (sums.top.first - t.origin > slack || std::fabs(sums.d) == infinity) {
-                t.rebase(0, soft);
+            if (sums.top.first - t.origin > own.slack || std::fabs(sums.d) == infinity) {
+                t.rebase(0, own.exponent, own.ratio);
                 sums = add_up();
             }
             return sums;
@@ -47,7 +48,7 @@ void Worker::measure_row(int lane) {
         const float before = s.origin;
         s.z += with_block(p.student, n, from, count, teacher, [&](const auto& x) {
             return measure(s, x, [&](auto best, float origin) {
-                return exp_block<decltype(best)>(x, student, exponentials(0, origin), count, origin, soft, ahead(0, n, end));
+                return exp_block<decltype(best)>(x, student, exponentials(0, origin), count, origin, soft[0].exponent, ahead(0, n, end));
             });
         }).z;
         const double student_shift = double(before) - s.origin;
@@ -61,27 +62,31 @@ void Worker::measure_row(int lane) {
         for (int64_t j = 1; j < layout.tensors; j++) {
             if (tensor[j].alpha[lane] == 0) continue;
             Running& t = running[j];
-            if (student_shift != 0) t.rebase(student_shift, soft);
+            const Exponent exponent = soft[j].exponent;
+            const float ratio = soft[j].ratio;
+            if (student_shift != 0) t.rebase(student_shift, exponent, ratio);
             const Sums sums = with_block(matrix(j), n, from, count, teacher, [&](const auto& x) {
                 return measure(t, x, [&](auto best, float origin) {
                     float* const e = exponentials(j, origin);
                     const Ahead next = ahead(j, n, end);
                     using Of = decltype(best);
-                    const Sums sums = divergence_block<false, Of>(x, student, e, count, origin, soft, next);
-                    return sums.d == sums.d ? sums : divergence_block<true, Of>(x, student, e, count, origin, soft, next);
+                    const Sums sums = divergence_block<false, Of>(x, student, e, count, origin, ratio, exponent, next);
+                    if (sums.d == sums.d) return sums;
+                    return divergence_block<true, Of>(x, student, e, count, origin, ratio, exponent, next);
                 });
             });
             t.z += sums.z;
             t.d += sums.d;
+            if (p.teacher_scale) t.spread.add(read(matrix(j), n, from, count, teacher), count, t.origin);
         }
     }
     // Rescale all sums to the maximum of the whole row.
-    const double student_shift = s.rebase(0, soft);
+    const double student_shift = s.rebase(0, soft[0].exponent);
     if (cross) {
         cross_z *= exp(float(student_shift), sharp);
         cross_sum += student_shift * p.classes;
     }
-    for (int64_t j = 1; j < layout.tensors; j++) running[j].rebase(student_shift, soft);
+    for (int64_t j = 1; j < layout.tensors; j++) running[j].rebase(student_shift, soft[j].exponent, soft[j].ratio);
     if (layout.keep) {
         for (int64_t j = 0; j < layout.tensors; j++) last_origin(lane, j) = running[j].origin;
         if (layout.separate_ce) last_origin(lane, layout.tensors) = s.origin;
@@ -93,6 +98,7 @@ void Worker::measure_row(int lane) {
         tensor[j].d[lane] = float(t.d / p.temperature);
         const float at_label = label < 0 ? t.top.first : read(matrix(j), n, label);
         tensor[j].label[lane] = at_label - t.top.first;
+        if (j > 0 && p.teacher_scale) tensor[j].scale[lane] = float(deviation(t.spread.count, t.spread.sum, t.spread.squares));
         tensor[j].other[lane] = (at_label >= t.top.first ? t.top.second : t.top.first) - t.top.first;
     }
     if (cross) {
@@ -109,10 +115,10 @@ void Worker::finish_rows() {
         Measured& t = tensor[j];
         const vf label = load(t.label);
         if (p.weighting == Weighting::label_nll) {
-            store(t.label, label * inverse_tau);
+            store(t.label, label * soft[j].inverse);
         } else {
-            store(t.label, exp(label, soft));
-            store(t.other, exp(load(t.other), soft));
+            store(t.label, exp(label, soft[j].exponent));
+            store(t.other, exp(load(t.other), soft[j].exponent));
         }
     }
 }
@@ -123,15 +129,16 @@ void Worker::read_columns(const Matrix& m, float* columns) const {
     const float* x = (const float*)m.data + begin * m.row_stride;
     int64_t stride = m.row_stride;
     // Four classes are read at a time. With fewer classes, that reads into the next row, so there must be one.
-    const bool in_place = m.type == Type::f32 && m.column_stride == 1 && begin + lanes <= p.rows &&
+    const bool in_place = m.type == Type::f32 && !m.place && m.column_stride == 1 && begin + lanes <= p.rows &&
                           (classes >= 4 || (begin + lanes < p.rows && stride >= classes));
     if (!in_place) {
         x = flat;
-        if (m.type != Type::codes && m.column_stride == 1 && stride == classes) {
+        if (m.type != Type::codes && m.column_stride == 1 && stride == classes && !m.place) {
             copy(m, begin, 0, rows * classes, flat);
         } else {
             stride = (classes + 3) / 4 * 4;
-            for (int lane = 0; lane < rows; lane++) copy(m, begin + lane, 0, classes, flat + lane * stride);
+            for (int lane = 0; lane < rows; lane++)
+                if (m.row(begin + lane) >= 0) copy(m, begin + lane, 0, classes, flat + lane * stride);
         }
     }
     for (int64_t c = 0; c < classes; c += 4) {
@@ -155,6 +162,10 @@ void Worker::measure_columns(int64_t j, int g) {
     // After the exponentials of all tensors: the student's logits less their maximum.
     float* const student_a = kept + layout.tensors * size;
     float* const sharp_e = student_a + size;
+    float* const teacher_a = p.compares() && j > 0 ? sharp_e + j * size : nullptr;
+    const Exponent soft = this->soft[j].exponent;
+    const float ratio = this->soft[j].ratio, inverse_tau = this->soft[j].inverse;
+    LaneSpread spread;
     Rows& row = this->row[g];
     Measured& t = tensor[g * layout.tensors + j];
     const vi used = load(j == 0 ? row.student : t.alpha) > 0;
@@ -163,6 +174,12 @@ void Worker::measure_columns(int64_t j, int g) {
     const vf none = {}, one = set(1);
     vf maximum = set(-infinity);
     for (int64_t i = g * W; i < end; i += lanes) maximum = max(maximum, load(x + i));
+    if (p.teacher_scale && j > 0) {
+        const vf base = maximum == set(-infinity) ? none : maximum;
+        for (int64_t i = g * W; i < end; i += lanes) spread.take(used ? load(x + i) - base : none);
+        for (int lane = 0; lane < W; lane++)
+            t.scale[lane] = float(deviation(spread.count[lane], spread.sum[lane], spread.squares[lane]));
+    }
     vf z = none, d = none, sharp_z = none, total = none, at_cross_label = none;
     vf at_label = nll ? none : one;
     BestTwo best;
@@ -174,7 +191,8 @@ void Worker::measure_columns(int64_t j, int g) {
         best.take(e);
         at_label = label == c ? (nll ? a : e) : at_label;
         if (j > 0) {
-            const vf difference = a - load(student_a + i);
+            if (teacher_a) store(teacher_a + i, a);
+            const vf difference = fma(a, set(ratio), -load(student_a + i));
             d = fma(e, e != 0 ? difference : none, d);
             continue;
         }
@@ -190,7 +208,7 @@ void Worker::measure_columns(int64_t j, int g) {
     store(t.label, nll ? at_label * inverse_tau : at_label);
     store(t.other, at_label >= 1 ? best.second : one);
     store(t.z, z);
-    store(t.d, d * inverse_tau);
+    store(t.d, d * float(1 / p.temperature));
     if (j > 0) return;
     store(row.z, layout.separate_ce ? sharp_z : z);
     store(row.sum, total);

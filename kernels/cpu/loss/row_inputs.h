@@ -54,6 +54,8 @@ void Worker::read_row_inputs(int g) {
         }
         store(t.alpha, alpha * reads_teachers);
         if (p.mask) each_row([&, mask = p.mask + k * p.rows + first](int lane) { t.alpha[lane] = mask[lane] ? t.alpha[lane] : 0; });
+        if (const int32_t* const place = p.teacher[k].place)
+            each_row([&](int lane) { t.alpha[lane] = place[first + lane] >= 0 ? t.alpha[lane] : 0; });
         reads_student = load(t.alpha) > 0 ? one : reads_student;
     }
     store(row.student, reads_student);
@@ -61,7 +63,7 @@ void Worker::read_row_inputs(int g) {
     // `measure_row` skips some rows and tensors. Their sums are those of a single logit, e^0.
     for (int64_t j = 0; j < layout.tensors; j++) {
         store(tensor[j].z, one);
-        clear(tensor[j].d, tensor[j].label, tensor[j].other);
+        clear(tensor[j].d, tensor[j].label, tensor[j].other, tensor[j].scale, tensor[j].distance);
     }
     store(row.z, one);
     clear(row.at_label, row.sum);

@@ -118,17 +118,17 @@ template <class Maxima, class T>
     return add_up(even, odd);
 }
 
-// For a teacher: y = e^(a / tau), z = sum y and d = sum y (a - b), with a = x - origin and b the student's logits less
-// their origin. With `masked`, y = 0 adds 0 to d even where b is -inf. Without, d is NaN there, and has the same bits
+// For a teacher: y = e^(a / tau), z = sum y and d = sum y (a ratio - b), with a = x - origin and b the student's logits
+// less their origin. With `masked`, y = 0 adds 0 to d even where b is -inf. Without, d is NaN there, and has the same bits
 // elsewhere.
 template <bool masked, class Maxima, class T>
-[[gnu::flatten]] inline Sums divergence_block(Row<T> x, const float* b, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
+[[gnu::flatten]] inline Sums divergence_block(Row<T> x, const float* b, float* y, int64_t n, float origin, float ratio, Exponent e, Ahead ahead) {
     Lanes<Maxima> even, odd;
     sweep_pairs(even, odd, n, [&](Lanes<Maxima>& sums, int64_t i, auto part) {
         ahead.fetch(i);
         const vf logit = load(x, i, part), a = logit - origin;
         const vf v = exp(a, e);
-        vf difference = a - load(b + i, part, 0);
+        vf difference = fma(a, set(ratio), -load(b + i, part, 0));
         // Lanes after the last class hold -inf.
         if (masked || is_part(part)) difference = v != 0 ? difference : vf{};
         sums.z += v;

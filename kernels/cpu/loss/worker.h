@@ -7,12 +7,20 @@
 
 namespace {
 
+// What follows from a tensor's temperature.
+struct Softness {
+    Exponent exponent;
+    float inverse;  // 1 / temperature
+    float ratio;    // the student's temperature by this one
+    float slack;    // how far a logit may lie above the origin: its exponential is then at most 2^8
+};
+
+static_assert(sizeof(Softness) == softness_bytes);
+
 struct Worker {
     const Problem& p;
     const Layout layout;
-    const Exponent soft, sharp;  // of the temperature, of temperature 1
-    const float inverse_tau;
-    const float slack;  // how far a logit may lie above the origin: its exponential is then at most 2^8
+    const Exponent sharp;  // of temperature 1
 
     int64_t begin;  // the first row of the tile
     int rows;       // of the tile
@@ -20,14 +28,16 @@ struct Worker {
     Rows* row;          // [groups]
     Measured* tensor;   // [groups, tensors]
     Running* running;   // [tensors]
+    Softness* soft;     // [tensors]
     float *student, *teacher, *gradient, *fresh;  // [block] each
     float* kept;     // exponentials [tile, slots, width]; by columns: [tensors + 2, classes, lanes]
     float* flat;     // by columns: [lanes, classes], the rows of one tensor
     float* origins;  // [tile, slots, blocks]: the origin of each kept block
+    float* slopes;   // [width]: of a row whose exponentials are not kept, see compare.h
 
     Worker(const Problem& problem, char* memory)
-        : p(problem), layout(problem), soft(p.temperature), sharp(1), inverse_tau(float(1 / p.temperature)),
-          slack(8 / std::max(soft.hi, layout.separate_ce ? sharp.hi : 0.0f)) {
+        : p(problem), layout(problem), sharp(1) {
+        slopes = (float*)(memory + scratch_bytes);
         const auto take = [&](int64_t bytes) {
             char* taken = memory;
             memory += (bytes + 63) / 64 * 64;
@@ -36,13 +46,20 @@ struct Worker {
         row = (Rows*)take(layout.groups * sizeof(Rows));
         tensor = (Measured*)take(layout.groups * layout.tensors * sizeof(Measured));
         running = (Running*)take(layout.tensors * sizeof(Running));
+        soft = (Softness*)take(layout.tensors * sizeof(Softness));
+        for (int64_t j = 0; j < layout.tensors; j++) {
+            const double tau = matrix(j).temperature;
+            const Exponent e(tau);
+            const float steepest = std::max(e.hi, j == 0 && layout.separate_ce ? sharp.hi : 0.0f);
+            soft[j] = {e, float(1 / tau), float(p.temperature / tau), 8 / steepest};
+        }
         student = (float*)take(block * sizeof(float));
         teacher = (float*)take(block * sizeof(float));
         gradient = (float*)take(block * sizeof(float));
         fresh = (float*)take(block * sizeof(float));
         origins = (float*)take(layout.keep ? layout.tile * slots() * layout.blocks * sizeof(float) : 0);
         kept = (float*)memory;
-        flat = kept + (layout.tensors + 2) * p.classes * layout.lanes;
+        flat = kept + layout.columns * p.classes * layout.lanes;
     }
 
     const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
@@ -61,7 +78,8 @@ struct Worker {
         const Matrix& m = matrix(j);
         const int size = m.type == Type::f32 ? 4 : m.type == Type::codes ? 1 : 2;
         if (c == p.classes) c = 0, n += n + 1 < p.rows;
-        return {(const char*)m.data + (n * m.row_stride + c * m.column_stride) * size, size};
+        const int64_t row = std::max<int64_t>(m.row(n), 0);
+        return {(const char*)m.data + (row * m.row_stride + c * m.column_stride) * size, size};
     }
 
     // The number of rows in group g; its other lanes have none.
@@ -76,6 +94,11 @@ struct Worker {
     void read_columns(const Matrix& m, float* columns) const;
     void measure_columns(int64_t j, int g);
     void weigh(int g);
+    void pull_row(int lane);
+    void pull_columns(int g);
+    void compare_row(int lane);
+    void compare_columns(int g);
+    void settle(int g);
     void combine_row(int lane);
     void combine_columns(int g);
     void run_tile(int64_t first);

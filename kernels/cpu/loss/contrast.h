@@ -1,0 +1,73 @@
+// The divergences: their terms, and the slopes that make their gradient.
+#pragma once
+
+#include "exp.h"
+#include "loss/core.h"
+
+namespace {
+
+using namespace amtss;
+
+// Of one class: what it adds to D(p, q), and the slope q dD/dq. The gradient of D with respect to a scaled logit is the
+// slope less q times the sum of all slopes, so that slopes may differ from these by a constant times q.
+struct Contrast {
+    vf term, slope;
+};
+
+// The numbers that a divergence needs.
+struct Mixing {
+    float beta, rest;  // divergence_beta, 1 - divergence_beta
+    float p, q;        // m = p times the teacher's probability + q times the student's
+
+    explicit Mixing(const Problem& problem) : beta(problem.divergence_beta), rest(1 - beta), p(beta), q(rest) {
+        if (problem.divergence == Divergence::skew_reverse_kl) p = rest, q = beta;
+    }
+};
+
+// `p`, `q`: probabilities of teacher and student. `d`: log p - log q, from the logits. Where p = q and d = 0, term and
+// slope are exactly 0. Terms of a probability 0 are 0, and NaN stays NaN.
+template <Divergence divergence>
+inline Contrast contrast(vf p, vf q, vf d, const Mixing& mixing) {
+    const vf none = {};
+    if constexpr (divergence == Divergence::reverse_kl) {
+        const vf term = q != 0 ? -q * d : none;
+        return {term, term};
+    }
+    if constexpr (divergence == Divergence::tvd) {
+        const vf difference = q - p, half = 0.5f * q;
+        return {0.5f * (difference < 0 ? -difference : difference), difference > 0 ? half : difference < 0 ? -half : difference};
+    }
+    // m = max(p, q) x with x between the two shares of the mixture, and exactly 1 where p = q.
+    const vi below = p <= q;
+    const vf large = below ? q : p, small = below ? p : q, quotient = small / large;
+    const vf ratio = large == 0 ? none : quotient;
+    const vf x = fma(below ? set(mixing.p) : set(mixing.q), ratio, below ? set(mixing.q) : set(mixing.p));
+    const vf log_x = log(x);
+    const vf beyond = small != 0 ? (d < 0 ? d : -d) * small : none;  // small log(small / large)
+    const vf p_term = (below ? beyond : none) - p * log_x;           // p log(p / m)
+    const vf q_term = (below ? none : beyond) - q * log_x;           // q log(q / m)
+    if constexpr (divergence == Divergence::jsd) return {fma(set(mixing.beta), p_term, mixing.rest * q_term), mixing.rest * q_term};
+    const vf tilt = (p - q) * ((below ? set(1) : ratio) / x);  // (p - q) q / m
+    if constexpr (divergence == Divergence::skew_forward_kl) return {p_term, -(mixing.rest * mixing.rest) * tilt};
+    return {q_term, fma(set(mixing.beta * mixing.rest), tilt, q_term)};
+}
+
+// Calls f with the divergence as a type: f(std::integral_constant<Divergence, ...>) without the standard library.
+template <Divergence divergence>
+struct Kind {
+    static constexpr Divergence value = divergence;
+};
+template <class F>
+inline void with_divergence(Divergence divergence, F f) {
+    switch (divergence) {
+        case Divergence::reverse_kl: return f(Kind<Divergence::reverse_kl>{});
+        case Divergence::jsd: return f(Kind<Divergence::jsd>{});
+        case Divergence::skew_forward_kl: return f(Kind<Divergence::skew_forward_kl>{});
+        case Divergence::skew_reverse_kl: return f(Kind<Divergence::skew_reverse_kl>{});
+        case Divergence::tvd: return f(Kind<Divergence::tvd>{});
+        // The forward KL needs no comparison class by class.
+        case Divergence::forward_kl: return;
+    }
+}
+
+}  // namespace
