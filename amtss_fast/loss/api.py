@@ -167,6 +167,7 @@ class AMTSSLoss(nn.Module):
         teacher_logits: TeacherLogits,
         labels: Tensor | None = None,
         *,
+        teacher_rows: Sequence[Tensor | None] | None = None,
         teacher_prior: Tensor | None = None,
         teacher_mask: Tensor | None = None,
         sample_weight: Tensor | None = None,

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from backends import available_backends, is_interpreted
 from numerics import IGNORED, UNLABELED, Case, assert_within_budget, make_case
 
-from amtss_fast import AMTSSLoss, AMTSSStats, amtss_loss
-from amtss_fast.loss.options import WEIGHTINGS
+from amtss_fast import AMTSSLoss, AMTSSStats, LossOptions, amtss_loss
+from amtss_fast.loss.contract import LossInputs
+from amtss_fast.loss.options import OPTION_NAMES, WEIGHTINGS
 
+PER_ROW = ("teacher_prior", "teacher_mask")
 INF, NAN = math.inf, math.nan
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -543,19 +545,22 @@ def test_same_inputs_same_bits(backend: str) -> None:
 
 
 def operator_arguments(case: Case, need_grad: bool, need_stats: bool, backend: str | None) -> tuple[Any, ...]:
-    o = case.options
-    return (
-        case.student, case.teachers, [], [], case.labels, o.get("teacher_prior"), o.get("teacher_mask"),
-        o.get("sample_weight"), None, 2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, IGNORED, UNLABELED,
-        o.get("reduction", "mean"), need_grad, need_stats, backend,
-    )  # fmt: skip
+    o = {name: value for name, value in case.options.items() if name in OPTION_NAMES}
+    tensors = {name: value for name, value in case.options.items() if name not in OPTION_NAMES}
+    nothing = dict.fromkeys(LossInputs._fields[2:])
+    lists = {name: [] for name in LossInputs._fields[2:] if name.startswith("teacher_") and name not in PER_ROW}
+    inputs = LossInputs(case.student, case.teachers, **nothing | lists | {"labels": case.labels} | tensors)
+    options = LossOptions(ce_weight=0.5, label_smoothing=0.1, **o)
+    return *inputs, *options.values(len(case.teachers)), need_grad, need_stats, backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("need_grad", "need_stats"), [(True, True), (True, False), (False, False)])
 def test_opcheck(backend: str, dtype: torch.dtype, reduction: str, need_grad: bool, need_stats: bool) -> None:
-    case = make_case(6, 5, 2, dtype=dtype, masked=True, weighted=True, reduction=reduction)
+    # With every option that is not a number.
+    case = make_case(6, 5, 2, dtype=dtype, masked=True, weighted=True, reduction=reduction, divergence="jsd",
+                     teacher_temperature=(1.0, 3.0))  # fmt: skip
     torch.library.opcheck(torch.ops.amtss_fast.amtss_loss, operator_arguments(case, need_grad, need_stats, backend))
 
 

@@ -68,16 +68,17 @@ def test_the_c_struct_holds_the_fields() -> None:
     if (reason := registry.why_missing("cpu")) is not None:
         pytest.skip(reason)
     from amtss_fast import _cpu
+    from amtss_fast.loss.backends.cpu import NOT_NATIVE
 
     assert tuple(_cpu.weightings) == WEIGHTINGS
+    assert tuple(_cpu.divergences) == DIVERGENCES
     native = _cpu.Options()
     for name, value in OTHERS.items():
-        # The kernel knows a divisor in the place of a reduction.
-        if name != "reduction":
+        if name not in NOT_NATIVE:
             setattr(native, name, value)
             assert getattr(native, name) == value
     with pytest.raises(AttributeError):
-        native.divergence = 1
+        native.margin = 1
     with pytest.raises(ValueError, match="weighting margin is unknown"):
         native.weighting = "margin"
 
