@@ -1,4 +1,4 @@
-"""The pictures of the docs are those of the committed figures."""
+"""The pictures of the docs are those of the committed figures, and those that the library computes."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def test_the_picture_is_drawn_from_the_figures(monkeypatch: pytest.MonkeyPatch) 
     for row in figures["rows"]:
         if row["rival"] != "native":
             assert f"{row['times_native']:.1f}\N{MULTIPLICATION SIGN}" in shown, row
+
+
+@pytest.mark.parametrize("name", ["divergence_fits.svg", "divergence_gradients.svg"])
+def test_the_picture_is_what_the_library_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pictures = importlib.import_module("divergence_pictures")
+    drawn = pictures.FILES[name]()
+    committed = (pictures.PICTURES / name).read_text(encoding="utf-8")
+    assert committed == drawn, "run `python benchmarks/divergence_pictures.py`"
