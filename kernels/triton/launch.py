@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, gradient_dtype
+from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, empty_stats, gradient_dtype
 from amtss_fast.loss.options import LossOptions
 
 from .binary import Launch, launch_all
@@ -40,8 +41,7 @@ def prepare(
     grad = new((n_rows, n_classes), dtype=gradient_dtype(student)) if need_grad else None
     stats = None
     if need_stats:
-        weights, margins, kd = (new((n_teachers, n_rows), dtype=torch.float32) for _ in range(3))
-        stats = AMTSSStats(weights, margins, kd, new(n_rows, dtype=torch.float32))
+        stats = empty_stats(partial(new, dtype=torch.float32), n_teachers, n_rows)
     # A kernel distinguishes labels and counts by their type.
     labels = None if inputs.labels is None else inputs.labels.long().contiguous()
     launches: list[Launch] = []
@@ -87,7 +87,7 @@ def _row_launches(teachers: Sequence[Tensor], options: LossOptions, tensors: dic
     plan = make_plan(_call(teachers, options, choice, tensors))
     arguments = plan.constants | tensors | _numbers(len(teachers), options, choice, tensors)
     if len(plan.steps) > 1:
-        arguments |= _between_kernels(plan, len(teachers), tensors["row_loss"])
+        arguments |= _between_kernels(plan, len(teachers), tensors["row_loss"], tensors["student_margin"] is not None)
     n_rows = tensors["row_loss"].shape[0]
     for binary, own, rows, chunks in plan.steps:
         launches.append(binary.of(-(-n_rows // rows) * chunks, arguments | own))
@@ -147,13 +147,16 @@ def _numbers(n_teachers: int, options: LossOptions, choice: str, tensors: dict[s
     }
 
 
-def _between_kernels(plan: LaunchPlan, n_teachers: int, row_loss: Tensor) -> dict[str, Tensor]:
+def _between_kernels(plan: LaunchPlan, n_teachers: int, row_loss: Tensor, stats: bool) -> dict[str, Tensor | None]:
     """Memory for what the kernels of `device/stream.py` pass on."""
     n_rows, n_chunks = row_loss.shape[0], plan.steps[0].chunks
     pairs = STUDENT_CHUNK_PAIRS.value + n_teachers * TEACHER_CHUNK_PAIRS.value
     return {
         "fields": row_loss.new_empty((pairs, n_rows, n_chunks, 2)),
         "factors": row_loss.new_empty((STUDENT_PAIRS.value + n_teachers, n_rows, 2)),
+        # The maximum and 1 / sum of exponentials of each tensor.
+        "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if stats else None,
+        "distances": row_loss.new_empty((n_teachers, n_rows, n_chunks)) if stats else None,
     }
 
 

@@ -12,7 +12,7 @@ import triton
 
 from .binary import Binary
 from .config import KINDS, Config, Logits, choose_chunks, choose_config, choose_layout
-from .device.stream import chunk_gradient, chunk_statistics, join_chunks
+from .device.stream import chunk_distances, chunk_gradient, chunk_statistics, join_chunks, join_distances
 from .device.tile import fused_tile
 from .teachers import KIND_NUMBERS, SLOTS
 
@@ -85,6 +85,11 @@ def make_plan(call: Call) -> LaunchPlan:
         _step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks),
         _step(join_chunks, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
     ]
+    if call.need_stats:
+        steps += [
+            _step(chunk_distances, statistics, 1, n_chunks, n_chunks=n_chunks),
+            _step(join_distances, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
+        ]
     if call.grad is not None:
         n_chunks = triton.cdiv(call.n_classes + layout.slack, gradient.classes)
         steps.append(_step(chunk_gradient, gradient, 1, n_chunks, n_chunks=n_chunks))

@@ -55,19 +55,21 @@ struct Logits {
                 }
             }
         }
-        matrix = {memory.data() + offset * size, row_stride, column_stride, type, row_max.data(), step.data()};
+        matrix = {memory.data() + offset * size, row_stride, column_stride, type, row_max.data(), step.data(), 2, nullptr};
     }
 };
 
 struct Options {
-    double temperature = 2, weight_temperature = 1;
+    double temperature = 2, teacher_temperature = 2, weight_temperature = 1;
+    Divergence divergence = Divergence::forward_kl;
+    float divergence_beta = 0.3f;
     float kd_weight = 1, ce_weight = 0, label_smoothing = 0;
     Weighting weighting = Weighting::label_margin;
     bool masks = false, stats = true, gradient = true, bf16_gradient = false;
 };
 
 struct Result {
-    std::vector<double> row_loss, gradient, weights, margins, kd, student_margin;
+    std::vector<double> row_loss, gradient, weights, margins, kd, student_margin, teacher_scale, pull;
     double loss = 0;
 };
 
@@ -112,16 +114,23 @@ struct Case {
 
     Result run(const Kernel& kernel, int threads) {
         std::vector<Matrix> teacher;
-        for (int64_t k = 0; k < teachers; k++) teacher.push_back(logits[1 + k].matrix);
+        for (int64_t k = 0; k < teachers; k++) {
+            teacher.push_back(logits[1 + k].matrix);
+            teacher.back().temperature = options.teacher_temperature;
+        }
         // Poisoned, with a guard behind each.
         const auto output = [](int64_t n) { return std::vector<float>(n + 16, nan_f); };
         std::vector<float> row_loss = output(rows), gradient = output(rows * classes), student_margin = output(rows);
         std::vector<float> weights = output(teachers * rows), margins = weights, kd = weights;
+        std::vector<float> teacher_scale = weights, pull = weights;
         Problem p{};
         p.rows = rows;
         p.classes = classes;
         p.teachers = teachers;
         p.student = logits[0].matrix;
+        p.student.temperature = options.temperature;
+        p.divergence = options.divergence;
+        p.divergence_beta = options.divergence_beta;
         p.teacher = teacher.data();
         p.labels = labels.empty() ? nullptr : labels.data();
         p.prior = prior.empty() ? nullptr : prior.data();
@@ -144,6 +153,8 @@ struct Case {
             p.margins = margins.data();
             p.kd = kd.data();
             p.student_margin = student_margin.data();
+            p.teacher_scale = teacher_scale.data();
+            p.pull = pull.data();
         }
         float loss = nan_f;
         const Outcome outcome = amtss::run(kernel, p, 1, &loss, threads);
@@ -168,6 +179,8 @@ struct Case {
             result.margins = take(margins, teachers * rows);
             result.kd = take(kd, teachers * rows);
             result.student_margin = take(student_margin, rows);
+            result.teacher_scale = take(teacher_scale, teachers * rows);
+            result.pull = take(pull, teachers * rows);
         }
         result.loss = loss;
         return result;
@@ -179,7 +192,7 @@ struct Case {
         r.row_loss.assign(N, 0);
         r.gradient.assign(N * C, 0);
         r.weights.assign(K * N, 0);
-        r.margins = r.kd = r.weights;
+        r.margins = r.kd = r.teacher_scale = r.pull = r.weights;
         r.student_margin.assign(N, 0);
         const auto log_softmax = [&](int64_t j, int64_t n, double tau) {
             std::vector<double> x(logits[j].value.begin() + n * C, logits[j].value.begin() + (n + 1) * C);
@@ -199,13 +212,39 @@ struct Case {
             return std::exp(log_p[label]) - std::exp(other);
         };
         const double tau = options.temperature, beta = options.weight_temperature;
+        const auto deviation = [&](const double* x) {
+            double count = 0, mean = 0, squares = 0;
+            for (int64_t c = 0; c < C; c++)
+                if (x[c] != -inf) count++, mean += x[c];
+            mean /= std::max(count, 1.0);
+            for (int64_t c = 0; c < C; c++)
+                if (x[c] != -inf) squares += (x[c] - mean) * (x[c] - mean);
+            return std::sqrt(squares / std::max(count, 1.0));
+        };
+        // A class's term of D(p, q) and slope q dD/dq, from the definitions; probabilities that are 0 in float are 0.
+        const auto contrast = [&](double log_p, double log_q) -> std::pair<double, double> {
+            const double p = std::exp(log_p), q = std::exp(log_q), b = double(options.divergence_beta);
+            const auto part = [](double x, double log_ratio) { return float(x) != 0 ? x * log_ratio : 0; };
+            const auto mixed = [&](double share) { return std::log(share * p + (1 - share) * q); };
+            const double m = options.divergence == Divergence::skew_reverse_kl ? mixed(1 - b) : mixed(b);
+            const double p_term = part(p, log_p - m), q_term = part(q, log_q - m);
+            switch (options.divergence) {
+                case Divergence::forward_kl: return {part(p, log_p - log_q), -p};
+                case Divergence::reverse_kl: return {part(q, log_q - log_p), part(q, log_q - log_p)};
+                case Divergence::jsd: return {b * p_term + (1 - b) * q_term, (1 - b) * q_term};
+                case Divergence::skew_forward_kl: return {p_term, float(q) != 0 ? -(1 - b) * p * std::exp(log_q - m) : 0};
+                case Divergence::skew_reverse_kl: return {q_term, q_term - (float(q) != 0 ? b * q * std::exp(log_q - m) : 0)};
+                case Divergence::tvd: return {0.5 * std::fabs(p - q), 0.5 * q * (p == q ? q - p : q > p ? 1 : q < p ? -1 : nan_f)};
+            }
+            return {};
+        };
         for (int64_t n = 0; n < N; n++) {
             const int64_t label = labels.empty() ? unlabeled : labels[n];
             if (label == ignored) continue;
             const double weight = sample_weight.empty() ? 1 : sample_weight[n];
             const std::vector<double> log_q = log_softmax(0, n, tau);
             r.student_margin[n] = margin(log_q, label);
-            std::vector<double> mixture(C, 0);
+            std::vector<double> slopes(C, 0);
             double total = 0, divergence = 0, best = -inf;
             std::vector<double> mass(K, 0);
             std::vector<std::vector<double>> log_p(K);
@@ -215,7 +254,8 @@ struct Case {
             int64_t chosen = -1;
             for (int64_t k = 0; k < K; k++) {
                 if (alpha(k) == 0) continue;
-                log_p[k] = log_softmax(1 + k, n, tau);
+                log_p[k] = log_softmax(1 + k, n, options.teacher_temperature);
+                r.teacher_scale[k * N + n] = deviation(&logits[1 + k].value[n * C]);
                 const double m = r.margins[k * N + n] = margin(log_p[k], label);
                 if (chosen < 0 || m > best) best = m, chosen = k;
             }
@@ -229,20 +269,25 @@ struct Case {
             for (int64_t k = 0; k < K; k++) {
                 if (log_p[k].empty()) continue;
                 const double w = r.weights[k * N + n] = mass[k] / total;
-                double kl = 0;
+                double d = 0, apart = 0;
                 for (int64_t c = 0; c < C; c++) {
-                    const double probability = std::exp(log_p[k][c]);
-                    if (float(probability) != 0) kl += probability * (log_p[k][c] - log_q[c]);
-                    if (w != 0) mixture[c] += w * probability;
+                    const auto [term, slope] = contrast(log_p[k][c], log_q[c]);
+                    d += term;
+                    apart += std::fabs(std::exp(log_p[k][c]) - std::exp(log_q[c]));
+                    if (w != 0) slopes[c] += w * slope;
                 }
-                r.kd[k * N + n] = kl;
-                if (w != 0) divergence += w * kl;
+                r.kd[k * N + n] = d;
+                if (w != 0) divergence += w * d, r.pull[k * N + n] = w * apart;
             }
             double loss = options.kd_weight > 0 ? options.kd_weight * tau * tau * divergence : 0;
             std::vector<double> gradient(C, 0);
+            double all = 0;
+            for (const double slope : slopes) all += slope;
+            // Of the forward KL it is -1, also where a probability is lost in float.
+            if (options.divergence == Divergence::forward_kl && std::isfinite(all)) all = -1;
             if (total != 0 && options.kd_weight > 0)
                 for (int64_t c = 0; c < C; c++)
-                    gradient[c] = options.kd_weight * tau * (std::exp(log_q[c]) - mixture[c]);
+                    gradient[c] = options.kd_weight * tau * (slopes[c] - std::exp(log_q[c]) * all);
             if (label >= 0 && options.ce_weight > 0) {
                 const std::vector<double> log_q1 = log_softmax(0, n, 1);
                 const double e = options.label_smoothing;
@@ -283,7 +328,8 @@ bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
 bool same_bits(const Result& a, const Result& b) {
     return std::memcmp(&a.loss, &b.loss, sizeof a.loss) == 0 && same_bits(a.row_loss, b.row_loss) &&
            same_bits(a.gradient, b.gradient) && same_bits(a.weights, b.weights) && same_bits(a.margins, b.margins) &&
-           same_bits(a.kd, b.kd) && same_bits(a.student_margin, b.student_margin);
+           same_bits(a.kd, b.kd) && same_bits(a.student_margin, b.student_margin) &&
+           same_bits(a.teacher_scale, b.teacher_scale) && same_bits(a.pull, b.pull);
 }
 
 }  // namespace

@@ -113,6 +113,9 @@ struct Call {
         const int64_t rows = size.rows, classes = size.classes, teachers = size.teachers;
         Options o;
         o.temperature = draw.of({0.5, 1.0, 1.5, 2.0, 4.0, 8.0});
+        o.teacher_temperature = draw.one_in(2) ? o.temperature : draw.of({0.5, 1.0, 3.0});
+        o.divergence = draw.one_in(2) ? Divergence::forward_kl : Divergence(draw.in(1, 5));
+        o.divergence_beta = draw.of({0.1f, 0.5f, 0.75f});
         o.weight_temperature = draw.of({0.0, 0.1, 0.5, 1.0, inf});
         o.kd_weight = draw.of({0.0f, 0.5f, 1.0f, 1.0f});
         o.ce_weight = o.kd_weight == 0 ? 1.0f : draw.of({0.0f, 0.3f, 1.0f});
@@ -148,6 +151,7 @@ struct Call {
             const bool scaled = m.type == Type::codes;
             m.row_max = scaled ? arrays.input(logits.row_max, end()) : nullptr;
             m.step = scaled ? arrays.input(logits.step, end()) : nullptr;
+            m.temperature = &logits == &c.logits[0] ? c.options.temperature : c.options.teacher_temperature;
             return m;
         };
         Problem p{};
@@ -166,6 +170,7 @@ struct Call {
         const Options& o = c.options;
         p.temperature = o.temperature, p.weight_temperature = o.weight_temperature, p.weighting = o.weighting;
         p.kd_weight = o.kd_weight, p.ce_weight = o.ce_weight, p.label_smoothing = o.label_smoothing;
+        p.divergence = o.divergence, p.divergence_beta = o.divergence_beta;
         p.ignore_index = ignored, p.unlabeled_index = unlabeled;
         p.gradient_type = o.bf16_gradient ? Type::bf16 : Type::f32;
         const size_t logits = size_t(c.rows * c.classes), stats = size_t(c.teachers * c.rows);
@@ -177,6 +182,8 @@ struct Call {
             p.margins = arrays.output<float>(stats, end());
             p.kd = arrays.output<float>(stats, end());
             p.student_margin = arrays.output<float>(size_t(c.rows), end());
+            p.teacher_scale = arrays.output<float>(stats, end());
+            p.pull = arrays.output<float>(stats, end());
         }
         return p;
     }
@@ -205,6 +212,8 @@ struct Call {
         r.margins = take(p.margins, c.teachers * c.rows);
         r.kd = take(p.kd, c.teachers * c.rows);
         r.student_margin = take(p.student_margin, c.rows);
+        r.teacher_scale = take(p.teacher_scale, c.teachers * c.rows);
+        r.pull = take(p.pull, c.teachers * c.rows);
         return r;
     }
 
@@ -249,10 +258,15 @@ struct Call {
             };
             same(exact.row_loss, got.row_loss, n, 1);
             same(exact.gradient, got.gradient, n * c.classes, c.classes);
-            for (int64_t k = 0; k < c.teachers; k++) same(exact.weights, got.weights, k * c.rows + n, 1);
+            for (int64_t k = 0; k < c.teachers; k++) {
+                same(exact.weights, got.weights, k * c.rows + n, 1);
+                same(exact.pull, got.pull, k * c.rows + n, 1);
+            }
         }
         // With few classes, a lane adds them up one after the other: where many are equal, so are the rounding errors.
-        const double tau = o.temperature, tolerance = 3e-6 + (c.classes <= 128 ? 6e-8 * double(c.classes) : 0);
+        // The log-ratio, from which other divergences are computed, has the rounding errors of two logits.
+        const double tau = o.temperature, rounding = o.divergence == Divergence::forward_kl ? 3e-6 : 1e-5;
+        const double tolerance = rounding + (c.classes <= 128 ? 6e-8 * double(c.classes) : 0);
         const double row = o.kd_weight * tau * tau * divergence + o.ce_weight;
         const double slope = (o.kd_weight * tau + o.ce_weight) / divisor;
         compare("row_loss", got.row_loss, exact.row_loss, tolerance * sharp, where, row);
@@ -262,6 +276,8 @@ struct Call {
         compare("weights", got.weights, exact.weights, tolerance * sharp, where, 1);
         compare("margins", got.margins, exact.margins, tolerance, where, 1);
         compare("kd", got.kd, exact.kd, tolerance, where, 1);
+        compare("teacher_scale", got.teacher_scale, exact.teacher_scale, tolerance, where, 1);
+        compare("pull", got.pull, exact.pull, tolerance * sharp, where, 1);
         compare("student_margin", got.student_margin, exact.student_margin, tolerance, where, 1);
     }
 
@@ -297,6 +313,7 @@ void fuzz_loss(int64_t number, Arrays& arrays, Counts& counts) {
             for (float& x : logits.step) x = from_bits(uint32_t(draw.bits()));
         }
         c.options.temperature = draw.of({1e-30, 1e-3, 2.0, 1e30});
+        c.options.teacher_temperature = draw.of({1e-30, 1e-3, 2.0, 1e30});
     }
     const std::string where = "case " + std::to_string(number) + " (N = " + std::to_string(c.rows) + ", C = " +
                               std::to_string(c.classes) + ", K = " + std::to_string(c.teachers) + ")";

@@ -61,7 +61,7 @@ void test_exp(const Kernel& kernel) {
 }
 
 void test_formula(const Kernel& kernel) {
-    std::vector<Options> all(8);
+    std::vector<Options> all(14);
     all[1].ce_weight = 0.5f;
     all[2].ce_weight = 0.5f, all[2].label_smoothing = 0.1f, all[2].temperature = 1, all[2].masks = true;
     all[3].weighting = Weighting::label_nll, all[3].weight_temperature = 0.3, all[3].masks = true;
@@ -69,6 +69,15 @@ void test_formula(const Kernel& kernel) {
     all[5].weight_temperature = inf, all[5].kd_weight = 0, all[5].ce_weight = 1, all[5].label_smoothing = 0.2f;
     all[6].temperature = 3, all[6].ce_weight = 1, all[6].masks = true, all[6].stats = false;
     all[7].bf16_gradient = true, all[7].ce_weight = 0.1f;
+    all[2].teacher_temperature = 1, all[6].teacher_temperature = 1.5;
+    const Divergence others[] = {Divergence::reverse_kl, Divergence::jsd, Divergence::skew_forward_kl,
+                                 Divergence::skew_reverse_kl, Divergence::tvd, Divergence::jsd};
+    for (int i = 0; i < 6; i++) {
+        Options& o = all[8 + i];
+        o.divergence = others[i];
+        o.masks = i % 2 == 0, o.ce_weight = i % 3 == 0 ? 0.5f : 0, o.stats = i != 2, o.bf16_gradient = i == 5;
+        if (i >= 3) o.teacher_temperature = 3;
+    }
     const std::vector<std::vector<Type>> types = {
         {Type::f32}, {Type::bf16, Type::f16}, {Type::f16, Type::codes}, {Type::f32, Type::bf16, Type::codes}};
     unsigned seed = 0;
@@ -87,6 +96,8 @@ void test_formula(const Kernel& kernel) {
                     compare("margins", got.margins, exact.margins, 3e-6, where);
                     compare("kd", got.kd, exact.kd, 3e-6, where);
                     compare("student_margin", got.student_margin, exact.student_margin, 3e-6, where);
+                    compare("teacher_scale", got.teacher_scale, exact.teacher_scale, 3e-6, where);
+                    compare("pull", got.pull, exact.pull, 3e-6, where);
                     compare("loss", {got.loss}, {exact.loss}, 3e-6, where);
                     CHECK(same_bits(got, c.run(kernel, 2)), "%s: other bits with two threads", where.c_str());
                     c.options.gradient = false;
@@ -174,9 +185,13 @@ void test_equal_student_and_teacher(const Kernel& kernel) {
         Case c(9, classes, 1, {}, {Type::f32}, 1, 5);
         c.logits[1] = c.logits[0];
         c.logits[1].matrix = c.logits[0].matrix;
-        const Result got = c.run(kernel, 1);
-        for (const double x : got.gradient) CHECK(x == 0, "gradient %g where the student equals its teacher", x);
-        for (const double x : got.row_loss) CHECK(x == 0, "loss %g where the student equals its teacher", x);
+        for (const Divergence divergence : {Divergence::forward_kl, Divergence::reverse_kl, Divergence::jsd,
+                                            Divergence::skew_forward_kl, Divergence::skew_reverse_kl, Divergence::tvd}) {
+            c.options.divergence = divergence;
+            const Result got = c.run(kernel, 1);
+            for (const double x : got.gradient) CHECK(x == 0, "gradient %g where the student equals its teacher", x);
+            for (const double x : got.row_loss) CHECK(x == 0, "loss %g where the student equals its teacher", x);
+        }
     }
 }
 
@@ -194,6 +209,7 @@ void test_faults(const Kernel& kernel) {
         p.labels = c.labels.data(), p.prior = c.prior.data(), p.prior_per_row = true;
         p.sample_weight = c.sample_weight.data();
         p.temperature = p.weight_temperature = p.kd_weight = 1;
+        p.student.temperature = teacher[0].temperature = teacher[1].temperature = 1;
         p.ignore_index = ignored, p.unlabeled_index = unlabeled;
         float loss = 7;
         const Outcome outcome = run(kernel, p, 1, &loss, 1);

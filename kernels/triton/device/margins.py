@@ -73,6 +73,23 @@ def margin_of(own, rest, top, total, inverse, exponent, WEIGHTING: tl.constexpr)
 
 
 @triton.jit
+def spread_of(x, top):
+    """Count, mean less `top`, and sum of squares about the mean, of the logits that are not -inf."""
+    finite = x != float("-inf")
+    x = tl.where(finite, x - across(top), 0.0)
+    count = tl.sum(finite.to(tl.float32), 0)
+    mean = tl.sum(x, 0) / tl.maximum(count, 1.0)
+    apart = tl.where(finite, x - across(mean), 0.0)
+    return count, mean, tl.sum(apart * apart, 0)
+
+
+@triton.jit
+def distance_of(b, inverse_s, a, inverse):
+    """The distance sum |q - p| of two softmaxes, from logits in bits and 1 / the sums of their exponentials."""
+    return tl.sum(tl.abs(tl.exp2(b) * across(inverse_s) - tl.exp2(a) * across(inverse)), 0)
+
+
+@triton.jit
 def admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE: tl.constexpr):
     """One step of the softmax over teachers, which adds a teacher with its margin, prior `alpha` and `kl`.
 

@@ -18,15 +18,16 @@ from .loss import (
     gradient_factor,
     weighted_loss,
 )
-from .margins import LN2, admit, margin_label, margin_of, stand_out
+from .margins import LN2, admit, distance_of, margin_label, margin_of, spread_of, stand_out
 from .memory import columns_of, load_tile, place_tile, store_tile
 
 # The kernels pass on pairs of numbers, because a pair is loaded and stored as one number. The pairs of a chunk are
 # [N, chunks, 2] each. For the student: the maximum and sum exp2(b); the two logits of the margin (-inf if they are in
 # other chunks); for the cross entropy the label's logit and sum exp2(b tau), then sum b and the number of classes.
 STUDENT_CHUNK_PAIRS = tl.constexpr(4)
-# For each teacher: the maximum and sum exp2(a); the two logits of the margin; sum exp2(a) (a - b) and an unused number.
-TEACHER_CHUNK_PAIRS = tl.constexpr(3)
+# For each teacher: the maximum and sum exp2(a); the two logits of the margin; sum exp2(a) (a - b) and, for the stats, the
+# sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
+TEACHER_CHUNK_PAIRS = tl.constexpr(4)
 # The pairs of a row are [N, 2] each. For the student: the maximum and the factor of exp2(b); the factors of exp2(b tau)
 # and of the target. For each teacher: the maximum and the factor of exp2(a).
 STUDENT_PAIRS = tl.constexpr(2)
@@ -97,7 +98,13 @@ def chunk_statistics(
         e = tl.exp2(a)
         store_pair(out, top, tl.sum(e, 0))
         store_pair(out + plane, own, rest)
-        store_pair(out + 2 * plane, tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0), 0.0 * alpha)
+        kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0)
+        if student_margin is not None:
+            count, mean, squares = spread_of(t, top)
+            store_pair(out + 2 * plane, kl, squares)
+            store_pair(out + 3 * plane, mean, count)
+        else:
+            store_pair(out + 2 * plane, kl, 0.0 * alpha)
         out += TEACHER_CHUNK_PAIRS * plane
 
 
@@ -116,7 +123,8 @@ def join_margins(pairs, held, tops, top, target):
 
 @kernel
 def join_chunks(
-    labels, prior, sample_weight, divisor, fields, factors, row_loss, weights, margins, kd, student_margin,
+    labels, prior, sample_weight, divisor, fields, factors, normalizers,
+    row_loss, weights, margins, kd, student_margin, teacher_scale,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64,
@@ -145,6 +153,7 @@ def join_chunks(
         own, rest = join_margins(into_s + plane, held, tops, top_s, compared)
         margin = margin_of(own, rest, top_s, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + row, tl.where(counts, margin, 0.0))
+        store_pair(normalizers + 2 * row, top_s, 1 / total_s)
 
     mass = 0.0
     best = float("-inf")
@@ -162,12 +171,20 @@ def join_chunks(
         e = tl.exp2(f)
         part = e * sums
         total = tl.sum(part, 0)
-        kls, _ = load_pair(into + 2 * plane, held)
+        kls, squares = load_pair(into + 2 * plane, held)
         kl = e * kls + part * (f - g)
         kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
         kl = divergence_of(kl, log_total_s, tl.log2(total))
         own, rest = join_margins(into + plane, held, tops, top, compared)
         margin = margin_of(own, rest, top, total, 1 / total, exponent, WEIGHTING)
+        if weights is not None:
+            means, sizes = load_pair(into + 3 * plane, held)
+            means = tl.where(sizes > 0, means + (tops - top), 0.0)
+            size = tl.maximum(tl.sum(sizes, 0), 1.0)
+            apart = means - tl.sum(sizes * means, 0) / size
+            scale = tl.sqrt(tl.sum(squares + sizes * apart * apart, 0) / size)
+            tl.store(teacher_scale + k * n_rows + row, tl.where(alpha > 0, scale, 0.0))
+            store_pair(normalizers + 2 * ((1 + k) * n_rows + row), top, 1 / total)
         into += TEACHER_CHUNK_PAIRS * plane
 
         share, keep, best, mass, divergence = admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE)
@@ -208,6 +225,50 @@ def join_chunks(
     tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
     shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares / totals * kd_factor))
     tl.store(factors + 2 * ((STUDENT_PAIRS + ks) * n_rows + row) + 1, shares, ks < n_teachers)
+
+
+@kernel
+def chunk_distances(
+    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
+    scales, weights, normalizers, distances,
+    row_stride: tl.int64, class_stride: tl.int64,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
+    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32, exponent: tl.float32,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """For the stats: sum |q - p| of each chunk and teacher, [K, N, chunks]."""
+    teachers = (
+        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
+        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
+    )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) // n_chunks
+    chunk = tl.program_id(0) % n_chunks
+    tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
+    top, inverse_s = load_pair(normalizers + 2 * row)
+    source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
+    # A row that is dropped has weights of 0.
+    s, _ = load_tile(source, top == top, tile, n_classes, STUDENT, GROUP)
+    b = (s - top) * exponent
+    for k in range(n_teachers):
+        taught = tl.load(weights + k * n_rows + row) != 0
+        top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
+        source = find_teacher(k, teachers, scales, row, taught, n_rows, n_teachers)
+        t, _ = load_tile(source, taught, tile, n_classes, TEACHER, GROUP)
+        distance = distance_of(b, inverse_s, (t - top) * exponent, inverse)
+        tl.store(distances + (k * n_rows + row) * n_chunks + chunk, tl.where(taught, distance, 0.0))
+
+
+@kernel
+def join_distances(
+    distances, weights, pull, n_rows: tl.int64, n_teachers: tl.int32, n_chunks: tl.int32, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    chunks = tl.arange(0, CHUNKS)
+    for k in range(n_teachers):
+        at = k * n_rows + row
+        distance = tl.sum(tl.load(distances + at * n_chunks + chunks, chunks < n_chunks, other=0), 0)
+        weight = tl.load(weights + at)
+        tl.store(pull + at, tl.where(weight == 0, 0.0, weight * distance))
 
 
 @kernel

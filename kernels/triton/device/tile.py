@@ -17,7 +17,7 @@ from .loss import (
     gradient_factor,
     weighted_loss,
 )
-from .margins import LN2, admit, margin_label, margin_of, stand_out
+from .margins import LN2, admit, distance_of, margin_label, margin_of, spread_of, stand_out
 from .memory import across, columns_of, load_tile, place_tile, store_tile
 
 
@@ -25,7 +25,7 @@ from .memory import across, columns_of, load_tile, place_tile, store_tile
 def fused_tile(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
     scales, labels, prior, sample_weight, divisor,
-    row_loss, grad, weights, margins, kd, student_margin,
+    row_loss, grad, weights, margins, kd, student_margin, teacher_scale, pull,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
@@ -67,6 +67,7 @@ def fused_tile(
     mixture = tl.zeros(s.shape, tl.float32)
     ks = tl.arange(0, TEACHERS) if ROWS == 1 else tl.arange(0, TEACHERS)[:, None]
     shares = tl.zeros(ks.shape, tl.float32) * across(mass)
+    distances = shares
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, rows, counts)
         source = find_teacher(k, teachers, scales, rows, counts, n_rows, n_teachers)
@@ -93,12 +94,17 @@ def fused_tile(
             shares = shares * across(keep) + tl.where(ks == k, across(share), 0.0)
             tl.store(margins + k * n_rows + rows, tl.where(alpha > 0, margin, 0.0), rows < n_rows)
             tl.store(kd + k * n_rows + rows, tl.where(alpha > 0, kl, 0.0), rows < n_rows)
+            count, _, squares = spread_of(t, top_t)
+            scale = tl.sqrt(squares / tl.maximum(count, 1.0))
+            tl.store(teacher_scale + k * n_rows + rows, tl.where(alpha > 0, scale, 0.0), rows < n_rows)
+            distances = tl.where(ks == k, across(distance_of(b, 1 / total_s, a, part)), distances)
 
     inverse = tl.where(mass == 0, 0.0, 1 / mass)
     if weights is not None:
         held = across(rows < n_rows) & (ks < n_teachers)
         shares = tl.where(shares == 0, 0.0, shares * across(inverse))
         tl.store(weights + ks * n_rows + across(rows), shares, held)
+        tl.store(pull + ks * n_rows + across(rows), tl.where(shares == 0, 0.0, shares * distances), held)
 
     loss = distillation_loss(divergence, inverse, kd_weight, temperature)
     # All loads return the same start, which the compiler cannot see. So it computes the columns and exp2(b) here
