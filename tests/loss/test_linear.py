@@ -22,6 +22,7 @@ from amtss_fast import QuantizedWeight, amtss_loss, linear_amtss_loss, quantize_
 from amtss_fast.loss import head as heads
 from amtss_fast.loss import linear_ops
 from amtss_fast.loss.head import default_chunk_rows
+from amtss_fast.loss.options import LossOptions
 
 NAN = math.nan
 
@@ -484,12 +485,14 @@ def test_operator_of_the_heads(
     o = case.options
     weight = quantize_weight(case.teacher_weight[0])
     grad_loss = torch.rand(9) if reduction == "none" and need_grad else None
-    arguments = (
+    inputs = linear_ops.LinearInputs(
         case.hidden, case.weight, case.bias, case.teacher_hidden, [weight.codes, *case.teacher_weight[1:]],
         [weight.scale, None, None], case.teacher_bias, case.labels, o["teacher_prior"], o["teacher_mask"],
-        o["sample_weight"], None, 2.0, "label_margin", 1.0, 1.0, 0.5, 0.1, IGNORED, UNLABELED, reduction, grad_loss, 4,
-        need_grad, need_grad, need_grad, need_stats, backend,
+        o["sample_weight"], None,
     )  # fmt: skip
+    options = LossOptions(ce_weight=0.5, label_smoothing=0.1, reduction=reduction)
+    needs = [need_grad] * 3
+    arguments = (*inputs, *options.values(3), grad_loss, 4, *needs, need_stats, backend)
     torch.library.opcheck(torch.ops.amtss_fast.linear_amtss_loss, arguments)
 
 
