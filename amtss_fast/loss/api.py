@@ -78,8 +78,8 @@ def amtss_loss(
         weight_temperature: beta in [0, inf]. 0 gives all weight to the max-margin teacher (the first of equal ones),
             inf ignores the margins.
         teacher_rows: for each teacher the rows [N_k] that its logits are of, int64, ascending and without repetition,
-            or None for all N. Teacher k then has logits [N_k, C] and teaches no other row: memory and time depend on the
-            rows that are taught. Priors and masks stay [K, N].
+            or None for all N. Teacher k then has logits [N_k, C] and teaches no other row: memory and time depend on
+            the rows that are taught. Priors and masks stay [K, N].
         teacher_prior: alpha, [K] or [K, N] float >= 0; 0 takes a teacher out. None: ones.
         teacher_mask: [K, N] bool; False: this teacher does not teach this row, its logits there are unused. None: all
             True.
@@ -193,9 +193,7 @@ class AMTSSLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-_Unpacked: TypeAlias = tuple[
-    list[Tensor], list[Tensor | None], list[Tensor | None], list[Tensor | None], list[bool]
-]
+_Unpacked: TypeAlias = tuple[list[Tensor], list[Tensor | None], list[Tensor | None], list[Tensor | None], list[bool]]
 
 
 def _unpack(teacher_logits: TeacherLogits) -> _Unpacked:

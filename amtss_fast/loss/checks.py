@@ -108,12 +108,12 @@ def check_tails(options: LossOptions, n_teachers: int, bucket: Sequence[bool]) -
         for name, temperature in (("temperature", options.temperature), ("teacher_temperature", temperatures[k])):
             if has_bucket and temperature != 1:
                 raise ValueError(
-                    f'{name} must be 1 where teacher_logits[{k}] has tail="bucket", got {temperature}: the mass outside '
-                    'of the list is unknown at another temperature; tail="renormalize" allows any'
+                    f'{name} must be 1 where teacher_logits[{k}] has tail="bucket", got {temperature}: the mass '
+                    'outside of the list is unknown at another temperature; tail="renormalize" allows any'
                 )
 
 
-def unpack_teacher_rows(teacher_rows: Any, n_teachers: int) -> list[Tensor | None]:
+def unpack_teacher_rows(teacher_rows: Sequence[Tensor | None] | None, n_teachers: int) -> list[Tensor | None]:
     """A list with an entry for each teacher; empty if no teacher has rows of its own."""
     if teacher_rows is None:
         return []
@@ -258,7 +258,9 @@ def check_teacher_values(inputs: LossInputs) -> None:
     check_row_values(inputs.teacher_rows, n_rows)
     for k, indices in enumerate(inputs.teacher_indices):
         if indices is not None:
-            _check_listed(f"teacher_logits[{k}]", indices, inputs.teacher_logits[k], inputs.teacher_bucket[k], n_classes)
+            _check_listed(
+                f"teacher_logits[{k}]", indices, inputs.teacher_logits[k], inputs.teacher_bucket[k], n_classes
+            )
 
 
 def check_row_values(rows: Sequence[Tensor | None], n_rows: int) -> None:
@@ -268,7 +270,9 @@ def check_row_values(rows: Sequence[Tensor | None], n_rows: int) -> None:
             continue
         least, most = int(own[0]), int(own[-1])
         if least < 0 or most >= n_rows:
-            raise ValueError(f"teacher_rows[{k}] must hold rows from 0 to {n_rows - 1}, found {least if least < 0 else most}")
+            raise ValueError(
+                f"teacher_rows[{k}] must hold rows from 0 to {n_rows - 1}, found {least if least < 0 else most}"
+            )
         if (wrong := own[1:] <= own[:-1]).any():
             i = int(wrong.nonzero()[0, 0])
             raise ValueError(
@@ -281,7 +285,9 @@ def _check_listed(name: str, indices: Tensor, logprobs: Tensor, bucket: bool, n_
     wrong = listed & ((indices < 0) | (indices >= n_classes))
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()
-        raise ValueError(f"{name}.indices[{row}, {place}] = {int(indices[row, place])} is no class from 0 to {n_classes - 1}")
+        raise ValueError(
+            f"{name}.indices[{row}, {place}] = {int(indices[row, place])} is no class from 0 to {n_classes - 1}"
+        )
     # Entries of padding become different numbers that are no classes.
     padding = -1 - torch.arange(indices.shape[1], device=indices.device)
     ordered = indices.where(listed, padding).sort(-1).values

@@ -1,4 +1,4 @@
-"""Kinds of teacher logits and heads beside plain tensors: 8-bit codes, and the log-probabilities of the top k classes."""
+"""Kinds of teacher logits and heads beside plain tensors: 8-bit codes, log-probabilities of the top k classes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TopKLogprobs(NamedTuple):
         return TopKLogprobs(self.indices.to(device), self.logprobs.to(device), self.tail)
 
     def half(self) -> TopKLogprobs:
-        """The same in 6 bytes an entry, float16 and int32; a probability changes by at most 0.8 % of itself down to e^-16."""
+        """The same in 6 bytes an entry, float16 and int32; down to e^-16 a probability changes by at most 0.8 %."""
         return TopKLogprobs(self.indices.int(), self.logprobs.half(), self.tail)
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from amtss_fast._compat.torch import backward_keeps_graph, dispatcher_is_watched
 from amtss_fast.loss.checks import check_teacher_values, check_values, values_are_free
-from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, accumulation_dtype, empty_stats, gradient_dtype
+from amtss_fast.loss.contract import (
+    AMTSSStats,
+    LossInputs,
+    LossOutputs,
+    accumulation_dtype,
+    empty_stats,
+    gradient_dtype,
+)
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 from amtss_fast.loss.registry import best_backend, check_name, choose_backend
 

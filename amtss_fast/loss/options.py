@@ -151,7 +151,8 @@ class LossOptions:
         if isinstance(given, tuple):
             if len(given) != n_teachers:
                 raise ValueError(
-                    f"teacher_temperature must be a number or hold one for each of {n_teachers} teachers, got {len(given)}"
+                    f"teacher_temperature must be a number or hold one for each of {n_teachers} teachers, "
+                    f"got {len(given)}"
                 )
             return given
         return (self.temperature if given is None else given,) * n_teachers  # type: ignore[return-value]

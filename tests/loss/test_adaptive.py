@@ -170,7 +170,9 @@ def test_memory() -> None:
 
     def give(margin: float, times: int) -> float:
         for _ in range(times):
-            stats = AMTSSStats(*(torch.full((10,) if name == "student_margin" else (1, 10), margin) for name in AMTSSStats._fields))
+            stats = AMTSSStats(
+                *(torch.full((10,) if name == "student_margin" else (1, 10), margin) for name in AMTSSStats._fields)
+            )
             adaptive.update(stats, ids)
             adaptive.step()
         return float(adaptive.teacher_margin)

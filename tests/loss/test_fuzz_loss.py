@@ -478,7 +478,9 @@ def test_any_strategy(data: st.DataObject) -> None:
     margins = torch.randn(k + (wrong == "margins"), n, generator=g) * draw(st.sampled_from([0.0, 0.3, 30.0]))
     if draw(st.booleans()):
         margins = margins.masked_fill(torch.rand(margins.shape, generator=g) < 0.2, -INF)
-    stats = AMTSSStats(*(torch.randn(n, generator=g) if name == "student_margin" else margins for name in AMTSSStats._fields))
+    stats = AMTSSStats(
+        *(torch.randn(n, generator=g) if name == "student_margin" else margins for name in AMTSSStats._fields)
+    )
     mask = torch.rand(k, n, generator=g) < 0.7 if wrong != "mask" else torch.ones(k, n)
     with fuzz.documented(
         "AdaptiveStrategy", (ValueError, TypeError), *arguments, "language_ids", "margins", "teacher_mask"

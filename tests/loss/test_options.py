@@ -13,7 +13,16 @@ import torch
 
 from amtss_fast import AMTSSLoss, LossOptions, amtss_loss, linear_amtss_loss
 from amtss_fast.loss import contract, registry
-from amtss_fast.loss.options import DIVERGENCES, OPTION_NAMES, REDUCTIONS, WEIGHTINGS, Divergence, LossKeywords, Reduction, Weighting
+from amtss_fast.loss.options import (
+    DIVERGENCES,
+    OPTION_NAMES,
+    REDUCTIONS,
+    WEIGHTINGS,
+    Divergence,
+    LossKeywords,
+    Reduction,
+    Weighting,
+)
 
 OTHERS: dict[str, Any] = {
     "temperature": 3.0,
@@ -136,7 +145,11 @@ def test_an_option_reaches_every_backend(backend: str, name: str, value: Any) ->
         ({"divergence": "jsd", "divergence_beta": "0.5"}, TypeError, "divergence_beta must be a number, got '0.5'"),
         ({"divergence_beta": 0.5}, ValueError, "divergence_beta has no meaning for divergence='forward_kl', got 0.5"),
         ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be positive and finite, got 0.0"),
-        ({"teacher_temperature": [2, -1.0]}, ValueError, r"teacher_temperature\[1\] must be positive and finite, got -1"),
+        (
+            {"teacher_temperature": [2, -1.0]},
+            ValueError,
+            r"teacher_temperature\[1\] must be positive and finite, got -1",
+        ),
         ({"teacher_temperature": ["2"]}, TypeError, r"teacher_temperature\[0\] must be a number, got '2'"),
         ({"temprature": 2}, TypeError, "temprature"),
     ],
