@@ -105,6 +105,19 @@ def _on_device(n_rows: int, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
     return memory[begin : begin + size].view(dtype).view(n_rows, n_classes)
 
 
+def loss_inputs(
+    student: torch.Tensor,
+    teachers: list[torch.Tensor],
+    row_max: list[torch.Tensor | None],
+    step: list[torch.Tensor | None],
+    **given: Any,
+) -> LossInputs:
+    """What a backend gets, with None for what is not `given`."""
+    lists: dict[str, Any] = {"teacher_rows": [], "teacher_indices": [], "teacher_bucket": []}
+    nothing: dict[str, Any] = dict.fromkeys(LossInputs._fields[4:])
+    return LossInputs(student, teachers, row_max, step, **(nothing | lists | given))
+
+
 def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: str = "all") -> list[Launch]:
     """What the library would launch.
 
@@ -121,12 +134,13 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
         logits[-1] = _on_device(n_classes, n_rows, logits[-1].dtype).t()
     rows = torch.empty(n_rows)
     scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
-    rest: tuple[Any, Any, Any, Any, Any] = (None, None, None, None, torch.tensor(16.0))
+    rest: dict[str, torch.Tensor] = {"num_items": torch.tensor(16.0)}
     if call != "loss":
-        per_teacher = torch.empty(n_teachers, n_rows)
-        rest = (torch.zeros(n_rows, dtype=torch.int64), per_teacher, per_teacher > 0, rows, torch.tensor(16.0))
+        prior = torch.empty(n_teachers, n_rows)
+        rest |= {"labels": torch.zeros(n_rows, dtype=torch.int64), "teacher_prior": prior, "teacher_mask": prior > 0}
+        rest["sample_weight"] = rows
     planned: list[Launch]
-    inputs = LossInputs(logits[0], logits[1:], scales, scales, *rest)
+    inputs = loss_inputs(logits[0], logits[1:], scales, scales, **rest)
     options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1)
     planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
     # Without the kernels that write the table of teachers and sum over the rows.

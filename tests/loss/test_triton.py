@@ -129,14 +129,16 @@ def test_codes_are_read_as_they_are(n: int, c: int) -> None:
     codes = torch.randint(0, 256, (n, c), dtype=torch.uint8)
     row_max, step = torch.randn(n), torch.rand(n) / 10
     logits = (row_max.unsqueeze(-1) - step.unsqueeze(-1) * codes).where(codes != 255, float("-inf"))
-    rest = (case.labels, None, case.options["teacher_mask"], None, None)
+    absent = {"teacher_rows": [], "teacher_indices": [], "teacher_bucket": []}
+    absent |= dict.fromkeys(("teacher_prior", "sample_weight", "num_items"))
+    rest = {"labels": case.labels, "teacher_mask": case.options["teacher_mask"], **absent}
     options = LossOptions(ce_weight=0.5, label_smoothing=0.1)
     for teachers in ([codes] * 3, [case.teachers[0], codes, case.teachers[2].bfloat16()]):
         quantized = [t.dtype == torch.uint8 for t in teachers]
         scales = [[s if q else None for q in quantized] for s in (row_max, step)]
         plain = [logits if q else t.float() for q, t in zip(quantized, teachers, strict=True)]
         got, want = (
-            _triton.amtss_loss(LossInputs(case.student, *given, *rest), options, need_grad=True, need_stats=True)
+            _triton.amtss_loss(LossInputs(case.student, *given, **rest), options, need_grad=True, need_stats=True)
             for given in ((teachers, *scales), (plain, [], []))
         )
         for a, b in zip((got.loss, got.grad, *got.stats), (want.loss, want.grad, *want.stats), strict=True):
@@ -255,7 +257,7 @@ from triton.runtime.jit import create_function_from_signature
 from amtss_fast.loss.backends.triton import launch, plan
 from amtss_fast.loss import LossOptions
 from amtss_fast.loss.backends.triton.config import choose_layout
-from amtss_fast.loss.contract import LossInputs
+from gpu_static import loss_inputs
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 seen = collections.defaultdict(set)
@@ -275,7 +277,8 @@ def planned(student, teachers, labels=True, prior=None, mask=None, weight=None, 
          weighting="label_margin", reduction="mean", grad=True, stats=False):
     labels = torch.zeros(len(student), dtype=torch.int64) if labels else None
     scale = [torch.empty(len(student)) if t.dtype == torch.uint8 else None for t in teachers]
-    inputs = LossInputs(student, teachers, scale, scale, labels, prior, mask, weight, items)
+    inputs = loss_inputs(student, teachers, scale, scale, labels=labels, teacher_prior=prior, teacher_mask=mask,
+                         sample_weight=weight, num_items=items)
     options = LossOptions(weighting=weighting, weight_temperature=beta, ce_weight=ce, label_smoothing=0.1,
                           reduction=reduction)
     return launch.prepare(inputs, options, need_grad=grad, need_stats=stats)

@@ -25,8 +25,8 @@ from .memory import columns_of, load_tile, place_tile, store_tile
 # [N, chunks, 2] each. For the student: the maximum and sum exp2(b); the two logits of the margin (-inf if they are in
 # other chunks); for the cross entropy the label's logit and sum exp2(b tau), then sum b and the number of classes.
 STUDENT_CHUNK_PAIRS = tl.constexpr(4)
-# For each teacher: the maximum and sum exp2(a); the two logits of the margin; sum exp2(a) (a - b) and, for the stats, the
-# sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
+# For each teacher: the maximum and sum exp2(a); the two logits of the margin; sum exp2(a) (a - b) and, for the stats,
+# the sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
 TEACHER_CHUNK_PAIRS = tl.constexpr(4)
 # The pairs of a row are [N, 2] each. For the student: the maximum and the factor of exp2(b); the factors of exp2(b tau)
 # and of the target. For each teacher: the maximum and the factor of exp2(a).
