@@ -79,14 +79,41 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
+class Scaling(NamedTuple):
+    """What a model does to its logits z: softcap * tanh(scale * z / softcap), or scale * z under an infinite cap."""
+
+    scale: float
+    softcap: float
+
+    def apply(self, logits: Tensor) -> None:
+        """Changes `logits` in place."""
+        capped = self.softcap < math.inf
+        factor = self.scale / self.softcap if capped else self.scale
+        if factor != 1:
+            logits.mul_(factor)
+        if capped:
+            logits.tanh_().mul_(self.softcap)
+
+    def apply_to_gradient(self, grad: Tensor, logits: Tensor) -> None:
+        """Makes the gradient of the scaled `logits` that of the unscaled ones, in place; `logits` are overwritten."""
+        if self.softcap < math.inf:
+            # The derivative of tanh, 1 - (logit / softcap)², rounded once.
+            one = logits.new_ones(())
+            torch.addcmul(one, logits, logits, value=-(self.softcap**-2), out=logits)
+            grad.mul_(logits)
+        if self.scale != 1:
+            grad.mul_(self.scale)
+
+
 @dataclass
 class Head:
-    """One model's logits over the student's classes, hidden weight^T + bias, and how they are computed."""
+    """One model's logits over the student's classes, hidden weight^T + bias, scaled, and how they are computed."""
 
     hidden: Tensor  # [N, H]
-    weight: Tensor  # [C', H], floating or, with `scale`, int8
-    scale: Tensor | None  # [C']
+    weight: Tensor  # [C', H], floating or, with `code_scale`, int8
+    code_scale: Tensor | None  # [C']
     bias: Tensor | None  # [C']
+    scaling: Scaling
     n_classes: int  # of the student
     scratch: Callable[[str, torch.dtype, int, int], Tensor]
 
@@ -136,23 +163,31 @@ class Head:
             block = self.scratch("block", self.dtype, end - begin, len(rows)).t() if aside else target
             head = self.classes(begin, end, self.dtype).t()
             bias = None if self.bias is None else self.bias[begin:end]
-            if bias is not None and self.scale is None:
+            if bias is not None and self.code_scale is None:
                 torch.addmm(bias.to(self.dtype), rows, head, out=block)
             else:
                 torch.mm(rows, head, out=block)
-                if self.scale is not None:
-                    block.mul_(self.scale[begin:end])
+                if self.code_scale is not None:
+                    block.mul_(self.code_scale[begin:end])
                 if bias is not None:
                     block.add_(bias)
+            self.scaling.apply(block)
             if taught is not None:
                 target.index_copy_(0, taught, block)
             elif aside:
                 target.copy_(block)
 
     def add_gradients(
-        self, pick: slice | Tensor, grad: Tensor, first: bool, to_hidden: Tensor, to_weight: Tensor, to_bias: Tensor
+        self,
+        pick: slice | Tensor,
+        grad: Tensor,
+        logits: Tensor,
+        first: bool,
+        to_hidden: Tensor,
+        to_weight: Tensor,
+        to_bias: Tensor,
     ) -> None:
-        """Computes the gradients of these rows from that of their logits, `grad` [n, C].
+        """Computes the gradients of these rows from that of their logits, `grad` [n, C]; it overwrites both.
 
         Writes the rows of `to_hidden` and adds to `to_weight` and `to_bias`.
 
@@ -162,6 +197,7 @@ class Head:
         grad_rows = rows.new_empty(rows.shape, dtype=accumulation_dtype(grad))
         for begin, end in self.blocks(len(self.weight), grad.dtype):
             block = grad[:, begin:end]
+            self.scaling.apply_to_gradient(block, logits[:, begin:end])
             if to_hidden.numel() > 0:
                 _add_product(grad_rows, block, self.classes(begin, end, grad.dtype), begin == 0)
             if to_weight.numel() > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +18,9 @@ from amtss_fast.loss.options import LossKeywords, make_options, shows_options
 
 TeacherWeight: TypeAlias = Tensor | QuantizedWeight | Sequence[Tensor | QuantizedWeight]
 
+LEAST_SCALE, LARGEST_SCALE = 1e-12, 1e12
+"""Of scales and caps: their squares and quotients are float32 numbers that are neither 0 nor infinite."""
+
 
 @shows_options
 def linear_amtss_loss(
@@ -27,6 +32,10 @@ def linear_amtss_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Sequence[Tensor | None] | Tensor | None = None,
+    student_scale: float | None = None,
+    student_softcap: float | None = None,
+    teacher_scale: float | Sequence[float | None] | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
     chunk_rows: int | None = None,
     teacher_prior: Tensor | None = None,
     teacher_mask: Tensor | None = None,
@@ -36,7 +45,7 @@ def linear_amtss_loss(
     backend: str | None = None,
     **options: Unpack[LossKeywords],
 ) -> Any:
-    """:func:`amtss_loss` of the logits hidden @ weight.T + bias, computed for a chunk of rows at a time.
+    """:func:`amtss_loss` of the logits of heads, hidden @ weight.T + bias, computed for a chunk of rows at a time.
 
     For the heads of language models: 2,048 tokens of three teachers and a student over 250,002 classes are 8 GB of
     logits, here 0.3. The loss, the stats and the gradients of `student_hidden`, `student_weight` and `student_bias` are
@@ -55,6 +64,10 @@ def linear_amtss_loss(
         labels: [N] int64, or None for a batch without labels.
         student_bias: [C] floating, or None.
         teacher_bias: None, or for each teacher [C_k] floating or None.
+        student_scale, student_softcap: what the student does to its logits, in [1e-12, 1e12]. They are
+            softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), and the gradients are those through it. None:
+            a scale of 1, no cap.
+        teacher_scale, teacher_softcap: the same of the teachers: a number, or for each teacher a number or None.
         chunk_rows: rows whose logits are held at a time, (K + 2) C numbers each. None: as many as fit into 128 MiB, but
             64 at least (1 GiB and 128 rows on an accelerator).
         All other keywords: as of :func:`amtss_loss`. With reduction="none" the backward pass computes the logits a
@@ -83,10 +96,10 @@ def linear_amtss_loss(
     if n_classes < 2:
         raise ValueError(f"student_weight must have at least 2 classes, got C = {n_classes}")
     _check_bias("student_bias", student_bias, n_classes, device)
-    hidden, weight, scale, bias = teachers = _unpack(teacher_hidden, teacher_weight, teacher_bias)
+    hidden, weight, code_scale, bias = teachers = _unpack(teacher_hidden, teacher_weight, teacher_bias)
     for k in range(len(hidden)):
         _check_matrix(f"teacher_hidden[{k}]", hidden[k], student_hidden)
-        _check_matrix(f"teacher_weight[{k}]", weight[k], student_hidden, quantized=scale[k] is not None)
+        _check_matrix(f"teacher_weight[{k}]", weight[k], student_hidden, quantized=code_scale[k] is not None)
         if len(hidden[k]) != n_rows:
             raise ValueError(f"teacher_hidden[{k}] has {len(hidden[k])} rows, student_hidden {n_rows}")
         if weight[k].shape[1] != hidden[k].shape[1]:
@@ -96,7 +109,7 @@ def linear_amtss_loss(
             )
         if len(weight[k]) == 0:
             raise ValueError(f"teacher_weight[{k}] must have at least 1 class, got shape {list(weight[k].shape)}")
-        _check_bias(f"teacher_weight[{k}].scale", scale[k], len(weight[k]), device)
+        _check_bias(f"teacher_weight[{k}].scale", code_scale[k], len(weight[k]), device)
         _check_bias(f"teacher_bias[{k}]", bias[k], len(weight[k]), device)
     teacher_prior, sample_weight = check_rows(
         "student_hidden", labels, teacher_prior, teacher_mask, sample_weight, n_rows, len(hidden), device
@@ -107,6 +120,12 @@ def linear_amtss_loss(
     if chunk_rows is not None and not 1 <= chunk_rows < 2**63:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
+    scalings = linear_ops.Scalings(
+        _positive("student_scale", student_scale, 1.0),
+        _positive("student_softcap", student_softcap, math.inf),
+        _positive_of_each("teacher_scale", teacher_scale, len(hidden), 1.0),
+        _positive_of_each("teacher_softcap", teacher_softcap, len(hidden), math.inf),
+    )
     inputs = linear_ops.LinearInputs(
         student_hidden,
         student_weight,
@@ -118,7 +137,9 @@ def linear_amtss_loss(
         sample_weight,
         as_num_items(num_items, chosen.reduction, device),
     )
-    loss, stats = linear_ops.run(inputs, chosen, chunk_rows=chunk_rows, need_stats=return_stats, backend=backend)
+    loss, stats = linear_ops.run(
+        inputs, chosen, scalings, chunk_rows=chunk_rows, need_stats=return_stats, backend=backend
+    )
     return (loss, stats) if return_stats else loss
 
 
@@ -160,6 +181,26 @@ def _sequence(name: str, value: Any, stacked: int) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
     return list(value)
+
+
+def _positive(name: str, value: Any, default: float) -> float:
+    if value is None:
+        return default
+    is_number = isinstance(value, numbers.Real)
+    if not is_number:
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    # Written so that NaN is wrong too.
+    if not LEAST_SCALE <= value <= LARGEST_SCALE:
+        raise ValueError(f"{name} must be in [{LEAST_SCALE}, {LARGEST_SCALE}], got {value}")
+    return float(value)
+
+
+def _positive_of_each(name: str, values: Any, n_teachers: int, default: float) -> list[float]:
+    if not isinstance(values, (list, tuple)):
+        return [_positive(name, values, default)] * n_teachers
+    if len(values) != n_teachers:
+        raise ValueError(f"{name} must be a number or hold one for each of {n_teachers} teachers, got {len(values)}")
+    return [_positive(f"{name}[{k}]", value, default) for k, value in enumerate(values)]
 
 
 def _detached(values: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amtss_fast.loss.checks import check_values, values_are_free
 from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype, empty_stats, gradient_dtype
-from amtss_fast.loss.head import Head, Scratch, default_chunk_rows, padded_classes
+from amtss_fast.loss.head import Head, Scaling, Scratch, default_chunk_rows, padded_classes
 from amtss_fast.loss.ops import scale_saved_gradient, schema_of, use_one_thread_after_fork
 from amtss_fast.loss.options import OPTION_NAMES, LossOptions
 from amtss_fast.loss.registry import check_name, choose_backend
@@ -32,8 +32,8 @@ class LinearInputs(NamedTuple):
     teacher_hidden: list[Tensor]
     """K of [N, H_k] floating."""
     teacher_weight: list[Tensor]
-    """K of [C_k, H_k]: floating, or int8 codes where `teacher_scale` is given."""
-    teacher_scale: list[Tensor | None]
+    """K of [C_k, H_k]: floating, or int8 codes where `teacher_code_scale` is given."""
+    teacher_code_scale: list[Tensor | None]
     """K of [C_k] floating, None for a teacher without codes."""
     teacher_bias: list[Tensor | None]
     """K of [C_k] floating, or None."""
@@ -45,6 +45,15 @@ class LinearInputs(NamedTuple):
     """The last five as in :class:`~amtss_fast.loss.contract.LossInputs`."""
 
 
+class Scalings(NamedTuple):
+    """What each model does to its logits, as of :class:`~amtss_fast.loss.head.Scaling`."""
+
+    student_scale: float
+    student_softcap: float
+    teacher_scale: Sequence[float]
+    teacher_softcap: Sequence[float]
+
+
 class Needs(NamedTuple):
     """Which gradients are wanted."""
 
@@ -54,7 +63,9 @@ class Needs(NamedTuple):
 
 
 _SCHEMA = f"""linear_amtss_loss(
-    {schema_of(LinearInputs)}, {schema_of(LossOptions)}, Tensor? grad_loss, int? chunk_rows,
+    {schema_of(LinearInputs)}, {schema_of(LossOptions)},
+    float student_scale, float student_softcap, float[] teacher_scale, float[] teacher_softcap,
+    Tensor? grad_loss, int? chunk_rows,
     bool need_grad_hidden, bool need_grad_weight, bool need_grad_bias, bool need_stats, str? backend
 ) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,
       {schema_of(AMTSSStats)})"""
@@ -71,6 +82,7 @@ _NO_CLASS = 2**62
 def _compute(
     inputs: LinearInputs,
     options: LossOptions,
+    scalings: Scalings,
     grad_loss: Tensor | None,
     chunk_rows: int | None,
     needs: Needs,
@@ -81,14 +93,24 @@ def _compute(
     student_hidden, device = inputs.student_hidden, inputs.student_hidden.device
     n_rows, n_classes, n_teachers = len(student_hidden), len(inputs.student_weight), len(inputs.teacher_hidden)
     scratch = Scratch(device)
-    student = Head(student_hidden, inputs.student_weight, None, inputs.student_bias, n_classes, scratch)
+    student = Head(
+        student_hidden,
+        inputs.student_weight,
+        None,
+        inputs.student_bias,
+        Scaling(scalings.student_scale, scalings.student_softcap),
+        n_classes,
+        scratch,
+    )
     teachers = [
-        Head(hidden, weight, scale, bias, n_classes, scratch)
-        for hidden, weight, scale, bias in zip(
+        Head(hidden, weight, code_scale, bias, Scaling(scale, softcap), n_classes, scratch)
+        for hidden, weight, code_scale, bias, scale, softcap in zip(
             inputs.teacher_hidden,
             inputs.teacher_weight,
-            inputs.teacher_scale or [None] * n_teachers,
-            inputs.teacher_bias or [None] * n_teachers,
+            inputs.teacher_code_scale,
+            inputs.teacher_bias,
+            scalings.teacher_scale,
+            scalings.teacher_softcap,
             strict=True,
         )
     ]
@@ -152,7 +174,7 @@ def _compute(
         if grad is not None:
             if grad_loss is not None:
                 grad *= grad_loss[pick].unsqueeze(-1)
-            student.add_gradients(pick, grad, begin == 0, grad_hidden, grad_weight, grad_bias)
+            student.add_gradients(pick, grad, chunk.student_logits, begin == 0, grad_hidden, grad_weight, grad_bias)
         # Freed before the next chunk has one.
         del grad
     return outputs
@@ -237,10 +259,13 @@ def _new_outputs(inputs: LinearInputs, reduction: str, needs: Needs, need_stats:
 def _linear_amtss_loss(*arguments: Any) -> Outputs:
     inputs = LinearInputs(*arguments[:_N_INPUTS])
     options = LossOptions(*arguments[_N_INPUTS : _N_INPUTS + _N_OPTIONS])
-    grad_loss, chunk_rows, *needs, need_stats, backend = arguments[_N_INPUTS + _N_OPTIONS :]
+    *scalings, grad_loss, chunk_rows, on_hidden, on_weight, on_bias, need_stats, backend = arguments[
+        _N_INPUTS + _N_OPTIONS :
+    ]
+    needs = Needs(on_hidden, on_weight, on_bias)
     # The dtypes of the products are settled here, under autocast too.
     with torch.autocast(inputs.student_hidden.device.type, enabled=False):
-        return _compute(inputs, options, grad_loss, chunk_rows, Needs(*needs), need_stats, backend)
+        return _compute(inputs, options, Scalings(*scalings), grad_loss, chunk_rows, needs, need_stats, backend)
 
 
 def _linear_amtss_loss_fake(*arguments: Any) -> Outputs:
@@ -273,6 +298,7 @@ class _LinearAMTSSLoss(torch.autograd.Function):
         *student: Tensor | None,
     ) -> tuple[Tensor, ...]:
         # The student's tensors are separate arguments, because autograd tracks those only; `inputs` are the others.
+        # `options` are those of the loss and the scalings.
         chunk_rows, need_stats, backend = settings
         ctx.per_row = options[OPTION_NAMES.index("reduction")] == "none"
         now = Needs(False, False, False) if ctx.per_row else needs
@@ -319,11 +345,17 @@ class _LinearAMTSSLoss(torch.autograd.Function):
 
 
 def run(
-    inputs: LinearInputs, options: LossOptions, *, chunk_rows: int | None, need_stats: bool, backend: str | None
+    inputs: LinearInputs,
+    options: LossOptions,
+    scalings: Scalings,
+    *,
+    chunk_rows: int | None,
+    need_stats: bool,
+    backend: str | None,
 ) -> tuple[Tensor, AMTSSStats | None]:
     """The loss, with gradients for what needs them, and with `need_stats` the stats."""
     check_name(backend)
-    student, others, values = inputs[:3], inputs[3:], options.values(len(inputs.teacher_hidden))
+    student, others, values = inputs[:3], inputs[3:], (*options.values(len(inputs.teacher_hidden)), *scalings)
     needs = Needs(*(tensor is not None and tensor.requires_grad for tensor in student))
     if torch.is_grad_enabled() and any(needs):
         settings = (chunk_rows, need_stats, backend)

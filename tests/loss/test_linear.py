@@ -25,6 +25,8 @@ from amtss_fast.loss.head import default_chunk_rows
 from amtss_fast.loss.options import LossOptions
 
 NAN = math.nan
+STUDENT_SCALING = ("student_scale", "student_softcap")
+TEACHER_SCALING = ("teacher_scale", "teacher_softcap")
 
 
 @dataclass
@@ -65,15 +67,16 @@ class LinearCase:
         for hidden, weight, bias in zip(self.teacher_hidden, self.teacher_weight, self.teacher_bias, strict=True):
             dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
             values = F.linear(hidden.to(dtype), dense.to(dtype), None if bias is None else bias.to(dtype))
+            values = scaled(values, *(of_teacher(self.options.get(name), len(logits)) for name in TEACHER_SCALING))
             values = F.pad(values, (0, max(0, n_classes - len(dense))), value=-math.inf)
             logits.append(values[:, :n_classes])
         options = {
             name: o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() else o
             for name, o in self.options.items()
+            if name not in STUDENT_SCALING + TEACHER_SCALING
         }
-        loss, stats = amtss_loss(
-            F.linear(*student), logits, self.labels, return_stats=True, backend="reference", **options
-        )
+        own = scaled(F.linear(*student), *(self.options.get(name) for name in STUDENT_SCALING))
+        loss, stats = amtss_loss(own, logits, self.labels, return_stats=True, backend="reference", **options)
         loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(dtype))
         return _parts(loss, student, stats)
 
@@ -83,6 +86,15 @@ class LinearCase:
         # Logits of these cases lie below 16.
         exponent = 16 / self.options.get("temperature", 2.0)
         assert_parts_within_budget(self.run(backend, grad_output, **options), exact, plain, exponent)
+
+
+def scaled(logits: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    logits = logits if scale is None else scale * logits
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def of_teacher(values: Any, k: int) -> float | None:
+    return values[k] if isinstance(values, list | tuple) else values
 
 
 def _parts(loss: Tensor, student: list[Tensor], stats: Any) -> dict[str, Tensor]:
@@ -233,6 +245,56 @@ def test_a_label_beyond_the_last_class_makes_its_row_nan(
     assert loss.isnan().nonzero().flatten().tolist() == [2]
 
 
+SCALINGS: list[dict[str, Any]] = [
+    {"student_softcap": 4.0, "teacher_softcap": [2.0, None, 7.0]},
+    {"student_scale": 0.4, "teacher_scale": 1.7},
+    {"student_scale": 2.5, "student_softcap": 3, "teacher_scale": (None, 0.1, 2), "teacher_softcap": 6.0},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_models_that_scale_and_cap_their_logits(
+    backend: str, scaling: dict[str, Any], reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in blocks, and where the classes that a teacher lacks and those that fill a row up stay -inf."""
+    monkeypatch.setattr(heads, "_CPU", heads._CPU._replace(block=16, classes=16))
+    case = make_linear_case(extras=True, ce_weight=0.5, reduction=reduction, **scaling)
+    case.teacher_weight[0] = quantize_weight(case.teacher_weight[0])
+    case.teacher_weight[2] = case.teacher_weight[2][:36]
+    case.labels[case.labels == 36] = 5
+    case.check(backend, torch.rand(29) if reduction == "none" else torch.tensor(0.37), chunk_rows=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cap_in_any_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Logits far beyond the cap, where the gradient all but vanishes."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("an accelerator's products are in half precision and have its error")
+    case = make_linear_case(9, 40, dtype=dtype, ce_weight=0.5, student_softcap=2.0, student_scale=3.0)
+    case.check(backend, chunk_rows=5)
+
+
+def test_gradcheck_through_a_cap() -> None:
+    case = make_linear_case(5, 4, dtype=torch.float64, ce_weight=0.5, widths=(3, 2))
+
+    def loss(*student: Tensor) -> Tensor:
+        return linear_amtss_loss(
+            *student[:2], case.teacher_hidden, case.teacher_weight, case.labels, student_bias=student[2],
+            student_scale=1.3, student_softcap=2.0, teacher_softcap=3.0, teacher_scale=[None, 0.5],
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, tuple(case.student()))
+
+
+@pytest.mark.parametrize("value", [1e-12, 1e12])
+@pytest.mark.parametrize("name", [*STUDENT_SCALING, *TEACHER_SCALING])
+def test_extreme_scales_give_finite_numbers(backend: str, name: str, value: float) -> None:
+    case = make_linear_case(9, 5, ce_weight=0.5, **{name: value})
+    for part, tensor in case.run(backend).items():
+        assert tensor.isfinite().all(), part
+
+
 def test_one_tensor_stands_for_equal_teachers() -> None:
     case = make_linear_case(widths=(6, 6), bias=False)
     stacked = linear_amtss_loss(
@@ -359,9 +421,9 @@ def test_gradients_only_where_required(wanted: int, reduction: str, monkeypatch:
     sizes: set[tuple[bool, ...]] = set()
     add_gradients = heads.Head.add_gradients
 
-    def spy(self: Any, pick: Any, grad: Any, first: bool, *targets: Tensor) -> None:
+    def spy(self: Any, pick: Any, grad: Tensor, logits: Tensor, first: bool, *targets: Tensor) -> None:
         sizes.add(tuple(target.numel() > 0 for target in targets))
-        add_gradients(self, pick, grad, first, *targets)
+        add_gradients(self, pick, grad, logits, first, *targets)
 
     monkeypatch.setattr(heads.Head, "add_gradients", spy)
     student = [t.requires_grad_(need) for t, need in zip(case.student(), needs, strict=True)]
@@ -492,7 +554,8 @@ def test_operator_of_the_heads(
     )  # fmt: skip
     options = LossOptions(ce_weight=0.5, label_smoothing=0.1, reduction=reduction)
     needs = [need_grad] * 3
-    arguments = (*inputs, *options.values(3), grad_loss, 4, *needs, need_stats, backend)
+    scalings = linear_ops.Scalings(1.5, 4.0, [1.0, 0.5, 2.0], [math.inf, 3.0, 5.0])
+    arguments = (*inputs, *options.values(3), *scalings, grad_loss, 4, *needs, need_stats, backend)
     torch.library.opcheck(torch.ops.amtss_fast.linear_amtss_loss, arguments)
 
 
@@ -643,6 +706,12 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, W, TX, TW), {"student_bias": torch.zeros(4)}, ValueError, r"student_bias must have shape \[3\], got \[4\]"),
     ((X, W, TX, TW), {"teacher_bias": [None]}, ValueError, "teacher_bias must hold one entry for each of 2"),
     ((X, W, TX, TW), {"teacher_bias": [None, W[0]]}, ValueError, r"teacher_bias\[1\] must have shape \[3\]"),
+    ((X, W, TX, TW), {"student_scale": 0.0}, ValueError, r"student_scale must be in \[1e-12, .*\], got 0.0"),
+    ((X, W, TX, TW), {"student_softcap": -30}, ValueError, r"student_softcap must be in \[1e-12, .*\], got -30"),
+    ((X, W, TX, TW), {"student_softcap": "30"}, TypeError, "student_softcap must be a number or None, got '30'"),
+    ((X, W, TX, TW), {"teacher_scale": NAN}, ValueError, "teacher_scale must be in .*, got nan"),
+    ((X, W, TX, TW), {"teacher_scale": [1.0]}, ValueError, "teacher_scale must be .* each of 2 teachers, got 1"),
+    ((X, W, TX, TW), {"teacher_softcap": [3.0, math.inf]}, ValueError, r"teacher_softcap\[1\] must be in .*, got inf"),
     ((X, W, TX, TW), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),
     ((X, W, TX, TW, torch.zeros(3).long()), {}, ValueError, r"labels must have shape \[4\], got \[3\]"),
     ((X, W, TX, TW), {"temperature": 0.0}, ValueError, "temperature must be positive"),
