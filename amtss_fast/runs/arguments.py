@@ -63,6 +63,9 @@ _NOT_FOR_TEACHERS = dict.fromkeys(
         "weight_temperature",
         "kd_weight",
         "ce_weight",
+        "divergence",
+        "divergence_beta",
+        "teacher_temperature",
         "importance_temperature",
         "gap_temperature",
     ),
@@ -102,6 +105,8 @@ _FILES = ("deepspeed", "accelerator_config", "fsdp_config")
 def _types() -> type[BaseModel]:
     """A model with the names and types of `AMTSSTrainingArguments`."""
     hints = get_type_hints(AMTSSTrainingArguments)
+    # It is declared for HfArgumentParser, which reads one type per argument.
+    hints["teacher_temperature"] = float | list[float] | None
     names = [field.name for field in dataclasses.fields(AMTSSTrainingArguments) if field.init]
     fields: Any = {name: (hints[name], None) for name in names}
     settings = ConfigDict(arbitrary_types_allowed=True, use_enum_values=True, protected_namespaces=())
@@ -137,7 +142,7 @@ def _check(values: Any, refused: Mapping[str, str]) -> dict[str, Any]:
     given = {name: _typed(name, value, types.model_fields[name].annotation) for name, value in values.items()}
     checked = types.model_validate(given).model_dump(exclude_unset=True)
     for name, value in checked.items():
-        if (problem := _problem(name, value)) is not None:
+        if (problem := _problem(name, value, checked)) is not None:
             problems.append((name, value, problem))
     _raise(problems)
     return checked
@@ -178,8 +183,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     return str(value) if isinstance(value, Written) else value
 
 
-def _problem(name: str, value: Any) -> str | None:
-    """What is wrong with the value of an argument, or None."""
+def _problem(name: str, value: Any, section: Mapping[str, Any]) -> str | None:
+    """What is wrong with the value of an argument of a section, or None."""
+    if isinstance(value, list):
+        return _refused_by_loss(name, value, section)
     if isinstance(value, str):
         words = _choices().get(name)
         return None if words is None or value in words else f"must be one of {', '.join(words)}"
@@ -198,10 +205,10 @@ def _problem(name: str, value: Any) -> str | None:
         return "must be at least 0 and below 1"
     if name == "max_steps" and value < 1 and value != -1:
         return "must be at least 1; leave it out (or -1) to train for num_train_epochs"
-    return _checked_alone(name, value)
+    return _refused_by_loss(name, value, section)
 
 
-def _checked_alone(name: str, value: Any) -> str | None:
+def _refused_by_loss(name: str, value: Any, section: Mapping[str, Any]) -> str | None:
     """What the loss and its strategies say about one option."""
     checks: dict[str, Callable[[], object]] = {
         "importance_temperature": lambda: check_adaptive_options(value, None),
@@ -209,9 +216,11 @@ def _checked_alone(name: str, value: Any) -> str | None:
         "language_sampling_exponent": lambda: check_sampling("temperature", value),
     }
     if name in OPTION_NAMES:
-        # Not both weights may be 0.
-        other = {"ce_weight": "kd_weight"}.get(name, "ce_weight")
-        checks[name] = lambda: LossOptions(**{other: 1.0, name: value})
+        # Not both weights may be 0, and a beta belongs to a divergence.
+        others: dict[str, Any] = {{"ce_weight": "kd_weight"}.get(name, "ce_weight"): 1.0}
+        if name == "divergence_beta":
+            others["divergence"] = section.get("divergence", LossOptions.divergence)
+        checks[name] = lambda: LossOptions(**others | {name: value})
     if name in checks:
         try:
             checks[name]()

@@ -63,6 +63,7 @@ def check_teachers(
             [answer.logits for answer in listed],
             labels,
             temperature=arguments.temperature,
+            teacher_temperature=arguments.teacher_temperature,
             weighting=arguments.weighting,
             weight_temperature=arguments.weight_temperature,
             teacher_prior=torch.tensor([teacher.prior for teacher in config.teachers]),

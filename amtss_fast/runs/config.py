@@ -234,6 +234,12 @@ class RunConfig(_Section):
         """Arguments of the student's training that have no effect in this run."""
         if self.training.get("kd_weight") == 0:
             raise ValueError("training.kd_weight must be above 0: the student learns from its teachers; got 0")
+        temperatures = self.training.get("teacher_temperature")
+        if isinstance(temperatures, list) and len(temperatures) != len(self.teachers):
+            raise ValueError(
+                f"training.teacher_temperature must be a number or hold one for each of {len(self.teachers)} teachers, "
+                f"got {temperatures!r}"
+            )
         tasks = {
             "importance_temperature": ("sequence-classification",),
             "gap_temperature": ("sequence-classification",),

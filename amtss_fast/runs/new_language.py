@@ -247,6 +247,10 @@ def _training_options(
     """The run's training arguments, with what few rows of one language need."""
     config, train_rows = setup.config, setup.data["train"]
     options: dict[str, Any] = {"seed": config.seed, **config.training}
+    if isinstance(options.get("teacher_temperature"), list):
+        # Not all of the run's teachers teach this language.
+        of = dict(zip((teacher.name for teacher in config.teachers), options["teacher_temperature"], strict=True))
+        options["teacher_temperature"] = None if teachers is None else [of[name] for name in teachers.names]
     if teachers is None:
         if not any(label >= 0 for label in train_rows["label"]):
             raise UserError(f"nothing to learn from: no row has a label, and no teacher teaches {code}")
@@ -297,7 +301,10 @@ def _kept_configuration(base: RunConfig, config: RunConfig, old: RunFolder, code
     """The configuration of the new folder: the old data, with the new language where the data set has it."""
     values = base.model_dump()
     values["output_dir"] = config.output_dir
-    values["training"] = config.training
+    values["training"] = dict(config.training)
+    if isinstance(config.training.get("teacher_temperature"), list):
+        # One for each of the old teachers, which are kept.
+        values["training"]["teacher_temperature"] = base.training.get("teacher_temperature")
     if config.data.name == base.data.name and values["data"]["languages"] is not None:
         values["data"]["languages"] = [*values["data"]["languages"], code]
     for teacher in values["teachers"]:

@@ -165,6 +165,8 @@ def labels_only_options(config: RunConfig, n_rows: int) -> dict[str, Any]:
     per_step = student.train_batch_size * student.gradient_accumulation_steps * student.world_size
     steps = int(math.ceil(n_rows / per_step) * student.num_train_epochs)
     options = {**config.training, "kd_weight": 0.0, "ce_weight": 1.0}
+    # One for each of the teachers that are not there.
+    options.pop("teacher_temperature", None)
     if options.get("language_sampling") == "adaptive":
         # Without teachers there is no gap to weigh languages by.
         options["language_sampling"] = "proportional"

@@ -19,6 +19,8 @@ _LOSS_ARGUMENTS = tuple(name for name in OPTION_NAMES if name not in _NO_ARGUMEN
 def _loss_arguments() -> type:
     """A data class with the options of the loss as arguments, made from the fields of `LossOptions`."""
     kinds = get_type_hints(LossOptions)
+    # HfArgumentParser reads one type per argument; a number is allowed as well.
+    kinds["teacher_temperature"] = list[float] | None
     chosen = [f for f in fields(LossOptions) if f.name in _LOSS_ARGUMENTS]
     return make_dataclass(
         "LossArguments", [(f.name, kinds[f.name], field(default=f.default, metadata=f.metadata)) for f in chosen]
@@ -83,8 +85,9 @@ class AMTSSTrainingArguments(LossArguments, TrainingArguments):
                 "metrics are of all evaluated rows together: batch_eval_metrics must be False and "
                 f"eval_do_concat_batches True, got {self.batch_eval_metrics} and {self.eval_do_concat_batches}"
             )
-        # Made once to check them.
-        self.loss_options()
+        # Made once to check them. A list is what JSON gives back.
+        temperatures = self.loss_options().teacher_temperature
+        self.teacher_temperature = list(temperatures) if isinstance(temperatures, tuple) else temperatures
         check_adaptive_options(self.importance_temperature, self.gap_temperature)
         if self.language_sampling is not None:
             check_sampling(self.language_sampling, self.language_sampling_exponent)

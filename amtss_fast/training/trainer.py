@@ -32,7 +32,7 @@ class AMTSSTrainer(Trainer):
     label, -100: dropped). The loss of an optimizer step is the mean over all its rows, however gradient accumulation
     and processes split them. Evaluation computes the metrics of the task, without teachers.
 
-    Each training log adds, over the rows since the last one, `kd` (mean weighted KL, without temperature²),
+    Each training log adds, over the rows since the last one, `kd` (mean weighted divergence, without temperature²),
     `teacher_weight/NAME/LANGUAGE`, `teacher_margin/NAME/LANGUAGE` and `student_margin/LANGUAGE`; and the state of the
     adaptive strategy, `teacher_importance/NAME/LANGUAGE` and `language_weight/LANGUAGE`.
 
@@ -261,6 +261,7 @@ class AMTSSTrainer(Trainer):
                     outputs,
                     batch["labels"],
                     temperature=self.args.temperature,
+                    teacher_temperature=self.args.teacher_temperature,
                     weighting=self.args.weighting,
                     teacher_mask=mask,
                     return_stats=True,
@@ -302,6 +303,8 @@ def _check_teachers(
         )
     if args.is_adaptive and not task.is_adaptive:
         raise ValueError(f"the adaptive strategy is for sequence-classification, args.task is {args.task!r}")
+    # As many as there are teachers, or one number for all.
+    args.loss_options().teacher_temperatures(0 if teachers is None else len(teachers))
     if teachers is None:
         return
     if args.remove_unused_columns and (teachers.needs_text or not isinstance(teachers, LiveTeachers)):

@@ -207,6 +207,17 @@ def test_texts_are_kept_as_they_were_written(yaml: str, value: str | None, tmp_p
     assert load(tmp_path, LEAST, f"teachers.0.name={'no'}", "data.revision=2024-01-01").data.revision == "2024-01-01"
 
 
+def test_options_of_the_loss(tmp_path: Path) -> None:
+    section = "training: {divergence: jsd, divergence_beta: 0.3, teacher_temperature: [1, 2.5]}\n"
+    text = LEAST.replace("path: hub/a}", "path: hub/a}, {name: b, path: hub/b}") + section
+    config = load(tmp_path, text)
+    assert config.training == {"divergence": "jsd", "divergence_beta": 0.3, "teacher_temperature": [1.0, 2.5]}
+    assert load(tmp_path, config.to_yaml()) == config
+    overrides = ("training.teacher_temperature=3", "training.divergence=tvd", "training.divergence_beta=null")
+    changed = {"divergence": "tvd", "divergence_beta": None, "teacher_temperature": 3.0}
+    assert load(tmp_path, text, *overrides).training == changed
+
+
 def test_free_sections_have_the_types_of_yaml(tmp_path: Path) -> None:
     encoder = "{model_type: bert, a: no, b: true, c: 1, d: 1e-5, e: null, f: '1', g: [1, {h: off}], 0: x}"
     config = load(tmp_path, LEAST, f"student.encoder={encoder}")
@@ -283,6 +294,21 @@ def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.Monke
         ("training.temperature=0", "training.temperature: must be positive and finite, got 0"),
         ("training.kd_weight=0", "training.kd_weight must be above 0"),
         ("training.ce_weight=-1", "training.ce_weight: must be finite and >= 0, got -1"),
+        ("training.divergence=kl", "training.divergence: Input should be 'forward_kl', .* or 'tvd', got 'kl'"),
+        (
+            "training.divergence_beta=0.3",
+            "training.divergence_beta: has no meaning for divergence='forward_kl', got 0.3",
+        ),
+        (
+            "training={divergence: jsd, divergence_beta: 1}",
+            r"training.divergence_beta: must be in \(0, 1\), .*, got 1.0",
+        ),
+        ("training.teacher_temperature=0", "training.teacher_temperature: must be positive and finite, got 0"),
+        ("training.teacher_temperature=[.nan]", r"teacher_temperature\[0\] must be positive and finite, got \[nan\]"),
+        ("training.teacher_temperature=[x]", "training.teacher_temperature: .* valid number, .*, got 'x'"),
+        ("training.teacher_temperature=[]", r"teacher_temperature must .* hold one for each of 1 teachers, got \[\]"),
+        ("training.teacher_temperature=[1, 2]", r"hold one for each of 1 teachers, got \[1.0, 2.0\]"),
+        ("teacher_training.divergence=jsd", "teacher_training.divergence: .* teachers learn from labels alone"),
         ("training.gap_temperature=0", "training.gap_temperature: must be above 0 .*, got 0"),
         ("training.chunk_rows=8", "training.chunk_rows is for masked-lm and causal-lm"),
         ("teacher_training.kd_weight=1", "teacher_training.kd_weight: .* teachers learn from labels alone"),

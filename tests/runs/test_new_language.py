@@ -72,6 +72,7 @@ def test_the_other_languages_keep_their_bits(
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     # Nobody teaches French: labels alone.
     command = ["--trace", "add-language", str(run), "fr", "training.max_steps=60", "--rows", "200"]
+    command.append("training.teacher_temperature=[3]")
     assert main(command) == 0
     assert "before fr" in capsys.readouterr().out
     new = run.with_name("base-fr")
@@ -94,16 +95,25 @@ def test_the_other_languages_keep_their_bits(
     assert "fr twice" in capsys.readouterr().err
 
 
-def test_unlabeled_texts_are_distilled(run: Path, tmp_path: Path) -> None:
+def test_unlabeled_texts_are_distilled(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temperatures = []
+    monkeypatch.setattr(
+        "amtss_fast.runs.new_language.try_training",
+        lambda *given: temperatures.append(given[3].teacher_temperature),
+    )
     rows = load_data("cldr_topic", languages=["sw"])["train"].select(range(300))
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in rows["text"]), "utf-8")
-    teacher = [f"teachers.0.{setting}" for setting in ("languages=[xx]", "prior=2.0")]
+    path = run.parent / "teacher"
+    others = f"{{name: other, path: {path}, languages: [en]}}, {{name: t, path: {path}, prior: 2.0, languages: [xx]}}"
+    teacher = ["training.teacher_temperature=[5, 3]", f"teachers=[{others}]"]
     target = f"output_dir={tmp_path / 'new'}"
     texts = [f"data={file}", "data.label=null", "data.language_default=xx", "training.max_steps=60"]
     texts.append("training.learning_rate=1e-2")
     command = ["--trace", "add-language", str(run), "xx", "--like", "mean", target, *texts, *teacher]
     assert main(command) == 0
+    # Only the second one teaches the language.
+    assert temperatures == [[3.0]]
     lines = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
     kd = [line["kd"] for line in lines if "kd" in line]
     assert sum(kd[-5:]) < 0.8 * sum(kd[:5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny import LABELS, tiny_bert_config, tiny_teacher, tiny_tokenizer, weights, weights_of_two_processes
+from transformers import HfArgumentParser
 
 from amtss_fast import AMTSSForSequenceClassification
 from amtss_fast.data import DistillationCollator, LanguageSampler, encode
@@ -250,6 +252,8 @@ def test_options_reach_the_loss(tmp_path: Path, teacher_folders: list[Path]) -> 
     changes: list[dict[str, Any]] = [
         {}, {"temperature": 4.0}, {"weighting": "label_nll"}, {"weight_temperature": 0.0}, {"kd_weight": 0.5},
         {"ce_weight": 0.1}, {"label_smoothing_factor": 0.2}, {"importance_temperature": 0.1},
+        {"divergence": "jsd"}, {"divergence": "jsd", "divergence_beta": 0.2}, {"divergence": "tvd"},
+        {"teacher_temperature": 4.0}, {"teacher_temperature": [2.0, 4.0]},
     ]  # fmt: skip
     for number, options in enumerate(changes):
         trainer = make_trainer(tmp_path / str(number), teacher_folders, max_steps=1, logging_steps=1, **options)
@@ -264,6 +268,10 @@ def test_options_reach_the_loss(tmp_path: Path, teacher_folders: list[Path]) -> 
         ({"weighting": "margin"}, "weighting must be one of"),
         ({"weight_temperature": math.nan}, "weight_temperature must be in"),
         ({"kd_weight": 0.0, "ce_weight": 0.0}, "must not both be 0"),
+        ({"divergence": "kl"}, "divergence must be one of .*, got 'kl'"),
+        ({"divergence_beta": 0.3}, "divergence_beta has no meaning for divergence='forward_kl', got 0.3"),
+        ({"divergence": "jsd", "divergence_beta": 1.0}, r"divergence_beta must be in \(0, 1\)"),
+        ({"teacher_temperature": [2.0, 0.0]}, r"teacher_temperature\[1\] must be positive and finite, got 0.0"),
         ({"label_smoothing_factor": 1.5}, "label_smoothing must be in"),
         ({"importance_temperature": 0.0}, "importance_temperature must be above 0"),
         ({"language_sampling": "even"}, "language_sampling must be one of"),
@@ -277,11 +285,35 @@ def test_arguments_are_checked(tmp_path: Path, options: dict[str, Any], message:
         AMTSSTrainingArguments(str(tmp_path), **options)
 
 
+@pytest.mark.parametrize("given", [None, 3, [2, 3.0], (np.float32(2), 3)])
+def test_arguments_are_what_their_json_gives(tmp_path: Path, given: Any) -> None:
+    options = {"teacher_temperature": given, "divergence": "skew_forward_kl", "use_cpu": True}
+    args = AMTSSTrainingArguments(str(tmp_path), **options)
+    written = json.loads(args.to_json_string())
+    again = AMTSSTrainingArguments(**{name: written[name] for name in ("output_dir", *options)})
+    assert again.teacher_temperature == args.teacher_temperature == written["teacher_temperature"]
+    assert again.loss_options() == args.loss_options()
+    assert args.loss_options().divergence_beta == 0.1
+
+
+def test_arguments_of_a_command_line(tmp_path: Path) -> None:
+    options = "--use_cpu true --divergence jsd --divergence_beta 0.3 --teacher_temperature 2 3.5"
+    parsed = HfArgumentParser(AMTSSTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), *options.split()]
+    )
+    chosen = parsed[0].loss_options()
+    assert (chosen.divergence, chosen.divergence_beta, chosen.teacher_temperature) == ("jsd", 0.3, (2.0, 3.5))
+
+
 def test_teachers_and_weights_must_fit(tmp_path: Path, teacher_folders: list[Path]) -> None:
     with pytest.raises(ValueError, match="distillation needs teachers"):
         make_trainer(tmp_path, None)
     with pytest.raises(ValueError, match="needs teachers=None and kd_weight=0"):
         make_trainer(tmp_path, teacher_folders, kd_weight=0.0)
+    with pytest.raises(ValueError, match=r"teacher_temperature must .* for each of 2 teachers, got 3"):
+        make_trainer(tmp_path, teacher_folders, teacher_temperature=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"teacher_temperature must .* for each of 0 teachers, got 2"):
+        make_trainer(tmp_path, None, kd_weight=0.0, ce_weight=1.0, teacher_temperature=[1.0, 2.0])
     student = make_trainer(tmp_path, teacher_folders)
     pool = TeacherPool([load_teacher(teacher_folders[0])], label_names=LABELS, languages=["en"])
     with pytest.raises(ValueError, match=r"teachers are for languages \['en'\]"):
