@@ -45,11 +45,12 @@ const Kernel& kernel() {
     return chosen;
 }
 
-// Seven numbers per matrix: address, row stride, column stride, type, addresses of row_max, step and place.
-constexpr size_t matrix_numbers = 7;
+// Ten numbers per matrix: address, row stride, column stride, type, addresses of row_max, step, place and classes, the
+// number of listed classes, and whether there is a bucket.
+constexpr size_t matrix_numbers = 10;
 Matrix matrix(const int64_t* m, double temperature) {
     return {pointer<void>(m[0]), m[1], m[2], Type(m[3]), pointer<float>(m[4]), pointer<float>(m[5]), temperature,
-            pointer<int32_t>(m[6])};
+            pointer<int32_t>(m[6]), pointer<int64_t>(m[7]), m[8], m[9] != 0};
 }
 
 nb::object loss(int64_t rows, int64_t classes, const std::vector<int64_t>& matrices,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amtss_fast import AMTSSStats, QuantizedLogits, amtss_loss
+from amtss_fast import AMTSSStats, QuantizedLogits, TopKLogprobs, amtss_loss
 
 IGNORED, UNLABELED = -100, -1
 
@@ -48,7 +48,7 @@ class Case:
 
     def to(self, device: str) -> Case:
         def move(x: Any) -> Any:
-            return x.to(device) if isinstance(x, Tensor | QuantizedLogits) else x
+            return x.to(device) if isinstance(x, Tensor | QuantizedLogits | TopKLogprobs) else x
 
         teachers = move(self.teachers) if isinstance(self.teachers, Tensor) else [move(t) for t in self.teachers]
         options = {name: move(o) for name, o in self.options.items()}
@@ -143,10 +143,13 @@ def assert_parts_within_budget(
 
 
 def _logits(case: Case) -> list[Tensor]:
-    return [case.student, *(_double(t) for t in case.teachers)]
+    teachers = (_double(t) for t in case.teachers)
+    return [case.student, *(t.logprobs if isinstance(t, TopKLogprobs) else t for t in teachers)]
 
 
 def _double(x: Any) -> Any:
     if isinstance(x, QuantizedLogits):
         return x.dequantize().double()
+    if isinstance(x, TopKLogprobs):
+        return x._replace(logprobs=x.logprobs.double())
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x

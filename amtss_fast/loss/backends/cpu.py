@@ -58,8 +58,6 @@ def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
         return f"there are {student_logits.shape[1]} classes; it takes up to {_MAX_CLASSES}"
     if len(teacher_logits) > _MAX_TEACHERS:
         return f"there are {len(teacher_logits)} teachers; it takes up to {_MAX_TEACHERS}"
-    if inputs.teacher_indices:
-        return "it takes no top-k log-probabilities"
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in _TYPES:
             return f"teacher_logits[{k}] is {teacher.dtype}; it takes float32, bfloat16, float16 and 8-bit codes"
@@ -92,7 +90,7 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         alive.append(tensor)
         return tensor.data_ptr()
 
-    matrices = [student.data_ptr(), *student.stride(), _TYPES[student.dtype], 0, 0, 0]
+    matrices = [student.data_ptr(), *student.stride(), _TYPES[student.dtype], *[0] * 6]
     for k, teacher in enumerate(inputs.teacher_logits):
         matrices += (teacher.data_ptr(), *teacher.stride(), _TYPES[teacher.dtype])
         if inputs.teacher_row_max:
@@ -100,6 +98,10 @@ def amtss_loss(inputs: LossInputs, options: LossOptions, *, need_grad: bool, nee
         else:
             matrices += (0, 0)
         matrices.append(address(_places(inputs.teacher_rows, k, n_rows), torch.int32))
+        if inputs.teacher_indices and (classes := inputs.teacher_indices[k]) is not None:
+            matrices += (address(classes, torch.int64), classes.shape[1], inputs.teacher_bucket[k])
+        else:
+            matrices += (0, 0, 0)
 
     divisor = 1.0
     if inputs.num_items is not None:

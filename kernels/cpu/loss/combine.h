@@ -16,7 +16,15 @@ void Worker::combine_row(int lane) {
         return;
     }
     bool taught = false;
-    for (int64_t j = 1; j < layout.tensors; j++) taught |= tensor[j].factor[lane] != 0;
+    for (int64_t j = 1; j < layout.tensors; j++) taught |= !is_list(j) && tensor[j].factor[lane] != 0;
+    const float base = tensor[0].factor[lane];
+    float own = base;
+    bool lists = false;
+    for (int64_t j = 1; list && j < layout.tensors; j++) {
+        if (!list[j - 1].taken || tensor[j].factor[lane] == 0) continue;
+        own += list[j - 1].per_rest;
+        lists = true;
+    }
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
         end = block_end(from);
         const int64_t count = end - from;
@@ -48,7 +56,7 @@ void Worker::combine_row(int lane) {
         const bool compares = p.compares() && taught;
         for (int64_t j = 1; j < layout.tensors && !p.compares(); j++) {
             const float factor = tensor[j].factor[lane];
-            if (factor == 0) continue;
+            if (factor == 0 || is_list(j)) continue;
             if (!layout.keep) {
                 with_term(j, j, factor, soft[j].exponent, [&](auto term) { add_block(gradient, count, empty, term); });
                 empty = false;
@@ -61,17 +69,33 @@ void Worker::combine_row(int lane) {
             }
             waiting[terms++] = kept_term(j, factor, soft[j].exponent);
         }
-        const float* const sum = !compares ? gradient : layout.keep ? kept_row(lane, 1) + from : slopes + from;
+        float* const sum = !compares ? gradient : layout.keep ? kept_row(lane, 1) + from : slopes + from;
         // Without cross entropy, the last sum is written directly to the output.
         char* const to = out + from * size;
         const bool cross = row.cross[lane] != 0;
-        const float own = tensor[0].factor[lane];
+        // The student's exponentials, where lists of teachers have changed them.
+        float* listed_e = nullptr;
+        if (lists && lists_in(b)) {
+            if (empty && !compares) __builtin_memset(gradient, 0, count * sizeof(float));
+            with_waiting([&](auto... terms) { add_block(sum, count, false, terms...); });
+            terms = 0;
+            empty = false;
+            listed_e = layout.keep ? kept_row(lane, 0) + from : student;
+            if (!layout.keep)
+                with_block(p.student, n, from, count, teacher, [&](const auto& x) {
+                    const float origin = running[0].origin;
+                    sweep(count, [&](int64_t i, auto part) { store(student + i, exp(load(x, i, part) - origin, soft[0].exponent), part); });
+                });
+            combine_lists(n, b, count, base, layout.keep ? kept_term(0, 1, soft[0].exponent).factor : 1, listed_e, sum);
+        }
         const auto finish = [&](auto out) {
+            if (listed_e && !layout.keep)
+                return finish_block(out, sum, count, false, Term<Kept>{{listed_e}, own});
             with_term(0, 0, own, soft[0].exponent, [&](auto own) {
                 with_waiting([&](auto... terms) { finish_block(out, sum, count, empty && !compares, own, terms...); });
             });
         };
-        if (own == 0 && !compares) {
+        if (own == 0 && !compares && !lists) {
             // The student's factor is 0 only if all teachers' factors are.
             __builtin_memset(gradient, 0, count * sizeof(float));
         } else if (cross) {

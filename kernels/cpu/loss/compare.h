@@ -48,7 +48,7 @@ void Worker::pull_row(int lane) {
         const Probabilities q = probabilities(*this, lane, 0, from, logits(0));
         sweep(count, [&](int64_t i, auto part) { store(fresh + i, q(i, part), part); });
         for (int64_t j = 1; j < layout.tensors; j++) {
-            if (tensor[j].weight[lane] == 0) continue;
+            if (tensor[j].weight[lane] == 0 || is_list(j)) continue;
             const Probabilities p = probabilities(*this, lane, j, from, logits(j));
             vf even = {}, odd = {};
             sweep_pairs(even, odd, count, [&](vf& total, int64_t i, auto part) {
@@ -98,20 +98,20 @@ void Worker::compare_row(int lane) {
         bool empty = true;
         for (int64_t j = 1; j < layout.tensors; j++) {
             const float factor = tensor[j].factor[lane];
-            if (tensor[j].alpha[lane] == 0 || (factor == 0 && tensor[j].weight[lane] == 0 && !p.kd)) continue;
+            if (is_list(j) || tensor[j].alpha[lane] == 0 || (factor == 0 && tensor[j].weight[lane] == 0 && !p.kd)) continue;
             const float* const t = read(matrix(j), n, from, count, teacher);
             const Probabilities teacher_p = probabilities(*this, lane, j, from, t);
             const float top = origin_of(*this, lane, j), inverse = soft[j].inverse, shift = tensor[j].shift[lane];
             float* const to = factor == 0 ? gradient : slopes;
             const bool first = factor == 0 || empty;
             empty = empty && factor == 0;
-            with_divergence(p.divergence, [&](auto kind) {
+            with_comparison(p.divergence, [&](auto kind) {
                 vf even = {}, odd = {};
                 sweep_pairs(even, odd, count, [&](vf& total, int64_t i, auto part) {
                     // Both products are rounded alike: equal logits differ by 0.
                     const vf a = (load(t + i, part, -infinity) - top) * inverse;
                     const vf d = a - load(student + i, part, -infinity) + shift;
-                    const Contrast c = contrast<kind.value>(teacher_p(i, part), load(fresh + i, part, 0), d, mixing);
+                    const auto c = contrast<kind.value>(teacher_p(i, part), load(fresh + i, part, 0), d, mixing);
                     total += c.term;
                     const vf sum = first ? vf{} : load(to + i, part, 0);
                     store(to + i, fma(set(-factor), c.slope, sum), part);
@@ -140,11 +140,11 @@ void Worker::compare_columns(int g) {
         const vf inverse_z = load(t.inverse_z), factor = load(t.factor), shift = load(t.shift);
         const float inverse = soft[j].inverse, inverse_s = soft[0].inverse;
         vf total = none;
-        with_divergence(p.divergence, [&](auto kind) {
+        with_comparison(p.divergence, [&](auto kind) {
             for (int64_t i = g * W; i < size; i += lanes) {
                 const vf d = load(teacher_a + (j - 1) * size + i) * inverse - load(student_a + i) * inverse_s + shift;
                 const vf probability = load(kept + j * size + i) * inverse_z, q = load(kept + i) * inverse_zs;
-                const Contrast c = contrast<kind.value>(probability, q, d, mixing);
+                const auto c = contrast<kind.value>(probability, q, d, mixing);
                 total += c.term;
                 const vf own = factor != 0 ? factor * c.slope : none;
                 slope -= own;

@@ -8,10 +8,16 @@ namespace {
 
 using namespace amtss;
 
+inline vf all(vf, float x) { return set(x); }
+inline double all(double, float x) { return x; }
+inline double fma(double a, double b, double c) { return a * b + c; }
+inline double log(double x) { return __builtin_log(x); }
+
 // Of one class: what it adds to D(p, q), and the slope q dD/dq. The gradient of D with respect to a scaled logit is the
 // slope less q times the sum of all slopes, so that slopes may differ from these by a constant times q.
+template <class V>
 struct Contrast {
-    vf term, slope;
+    V term, slope;
 };
 
 // The numbers that a divergence needs.
@@ -26,30 +32,33 @@ struct Mixing {
 
 // `p`, `q`: probabilities of teacher and student. `d`: log p - log q, from the logits. Where p = q and d = 0, term and
 // slope are exactly 0. Terms of a probability 0 are 0, and NaN stays NaN.
-template <Divergence divergence>
-inline Contrast contrast(vf p, vf q, vf d, const Mixing& mixing) {
-    const vf none = {};
+template <Divergence divergence, class V>
+inline Contrast<V> contrast(V p, V q, V d, const Mixing& mixing) {
+    const V none = {};
+    const auto number = [&](float x) { return all(none, x); };
+    if constexpr (divergence == Divergence::forward_kl) return {p != 0 ? p * d : none, -p};
     if constexpr (divergence == Divergence::reverse_kl) {
-        const vf term = q != 0 ? -q * d : none;
+        const V term = q != 0 ? -q * d : none;
         return {term, term};
     }
     if constexpr (divergence == Divergence::tvd) {
-        const vf difference = q - p, half = 0.5f * q;
+        const V difference = q - p, half = 0.5f * q;
         return {0.5f * (difference < 0 ? -difference : difference), difference > 0 ? half : difference < 0 ? -half : difference};
     }
     // m = max(p, q) x with x between the two shares of the mixture, and exactly 1 where p = q.
-    const vi below = p <= q;
-    const vf large = below ? q : p, small = below ? p : q, quotient = small / large;
-    const vf ratio = large == 0 ? none : quotient;
-    const vf x = fma(below ? set(mixing.p) : set(mixing.q), ratio, below ? set(mixing.q) : set(mixing.p));
-    const vf log_x = log(x);
-    const vf beyond = small != 0 ? (d < 0 ? d : -d) * small : none;  // small log(small / large)
-    const vf p_term = (below ? beyond : none) - p * log_x;           // p log(p / m)
-    const vf q_term = (below ? none : beyond) - q * log_x;           // q log(q / m)
-    if constexpr (divergence == Divergence::jsd) return {fma(set(mixing.beta), p_term, mixing.rest * q_term), mixing.rest * q_term};
-    const vf tilt = (p - q) * ((below ? set(1) : ratio) / x);  // (p - q) q / m
+    const auto below = p <= q;
+    const V large = below ? q : p, small = below ? p : q, quotient = small / large;
+    const V ratio = large == 0 ? none : quotient;
+    const V x = fma(below ? number(mixing.p) : number(mixing.q), ratio, below ? number(mixing.q) : number(mixing.p));
+    const V log_x = log(x);
+    const V beyond = small != 0 ? (d < 0 ? d : -d) * small : none;  // small log(small / large)
+    const V p_term = (below ? beyond : none) - p * log_x;           // p log(p / m)
+    const V q_term = (below ? none : beyond) - q * log_x;           // q log(q / m)
+    if constexpr (divergence == Divergence::jsd)
+        return {fma(number(mixing.beta), p_term, mixing.rest * q_term), mixing.rest * q_term};
+    const V tilt = (p - q) * ((below ? number(1) : ratio) / x);  // (p - q) q / m
     if constexpr (divergence == Divergence::skew_forward_kl) return {p_term, -(mixing.rest * mixing.rest) * tilt};
-    return {q_term, fma(set(mixing.beta * mixing.rest), tilt, q_term)};
+    return {q_term, fma(number(mixing.beta * mixing.rest), tilt, q_term)};
 }
 
 // Calls f with the divergence as a type: f(std::integral_constant<Divergence, ...>) without the standard library.
@@ -58,7 +67,7 @@ struct Kind {
     static constexpr Divergence value = divergence;
 };
 template <class F>
-inline void with_divergence(Divergence divergence, F f) {
+inline void with_comparison(Divergence divergence, F f) {
     switch (divergence) {
         case Divergence::reverse_kl: return f(Kind<Divergence::reverse_kl>{});
         case Divergence::jsd: return f(Kind<Divergence::jsd>{});
@@ -68,6 +77,12 @@ inline void with_divergence(Divergence divergence, F f) {
         // The forward KL needs no comparison class by class.
         case Divergence::forward_kl: return;
     }
+}
+
+// The same with the forward KL.
+template <class F>
+inline void with_divergence(Divergence divergence, F f) {
+    divergence == Divergence::forward_kl ? f(Kind<Divergence::forward_kl>{}) : with_comparison(divergence, f);
 }
 
 }  // namespace

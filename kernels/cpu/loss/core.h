@@ -25,6 +25,10 @@ struct Matrix {
     const float* step;
     double temperature;
     const int32_t* place;  // [rows of the problem]; null: row n is row n
+    // Of a teacher that lists log-probabilities: their classes [rows, listed]; -inf has none. Null: these are logits.
+    const int64_t* classes;
+    int64_t listed;
+    bool bucket;  // whether all other classes have, as one, the rest of the mass
 
     int64_t row(int64_t n) const { return place ? place[n] : n; }
 };
@@ -58,6 +62,11 @@ struct Problem : Options {
     float *weights, *margins, *kd, *student_margin, *teacher_scale, *pull;
 
     bool compares() const { return divergence != Divergence::forward_kl; }
+    bool has_lists() const {
+        for (int64_t k = 0; k < teachers; k++)
+            if (teacher[k].classes) return true;
+        return false;
+    }
 };
 
 // The code for one instruction set.
@@ -75,7 +84,7 @@ struct Kernel {
 
 // Scratch of one thread, aligned to 64 bytes, for tiles of rows. Its size decides which intermediate results are kept. It
 // is the same on every machine and for every number of threads, and so are the results. Long rows of some divergences
-// need one more row of floats.
+// need one more row of floats, and lists of classes room for themselves.
 constexpr int64_t scratch_bytes = 640 * 1024;
 
 extern const Kernel kernel_baseline;

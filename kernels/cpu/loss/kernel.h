@@ -11,6 +11,7 @@
 //   weigh             from the sums to margins and the weights of the teachers.
 //   pull              only for the stats: how far teachers and student are apart.
 //   compare           only for other divergences than the forward KL: their terms and slopes, class by class.
+//   lists             the same for teachers that list a few classes, whose rows are tiles of their own.
 //   settle            losses, and the factor of each tensor's e^a in the gradient.
 //   combine           the gradient, from the exponentials that `measure` kept. If a row is too long to keep them, they
 //                     are computed from the logits again.
@@ -22,6 +23,7 @@
 #include "loss/measure.h"
 #include "loss/weigh.h"
 #include "loss/compare.h"
+#include "loss/lists.h"
 #include "loss/settle.h"
 #include "loss/combine.h"
 
@@ -50,6 +52,8 @@ void Worker::run_tile(int64_t first) {
         for (int g = 0; layout.by_columns && g < groups; g++) compare_columns(g);
         for (int lane = 0; !layout.by_columns && lane < rows; lane++) compare_row(lane);
     }
+    for (int64_t j = 1; list && j < layout.tensors; j++)
+        if (list[j - 1].taken) compare_list(j, 0);
     for (int g = 0; g < groups; g++) settle(g);
     if (!p.gradient) return;
     if (layout.by_columns) {

@@ -15,6 +15,28 @@ constexpr int64_t few_classes = 12 * W < 128 ? 12 * W : 128;
 
 constexpr int64_t softness_bytes = 24;
 
+// The list of one teacher in one row.
+struct List {
+    int32_t* end;        // [blocks + 1] where the entries of each block end
+    int32_t* classes;    // [listed] block by block
+    float* logprob;      // [listed]
+    float* slope;        // [listed] times the teacher's factor
+    int32_t count;       // entries that are no padding
+    bool taken;          // whether the teacher teaches the row
+    double rest;         // sum of the student's exponentials of all other classes
+    float per_rest;      // of these in the gradient, beside the student's factor
+    float far_origin, far_factor;  // of their exponentials less another origin, where the rest is tiny; factor 0: it is not
+
+    int32_t begin(int64_t b) const { return b ? end[b - 1] : 0; }
+};
+
+// The classes of a block that some teacher lists.
+struct Listed {
+    uint8_t* mark;     // [block] 0: none does
+    int32_t* classes;  // [block]
+    float* factor;     // [block] of the student's exponential
+};
+
 struct Layout {
     bool by_columns;   // few classes: each lane holds a row
     bool separate_ce;  // the cross entropy needs exponentials of its own: its temperature is 1
@@ -45,20 +67,33 @@ struct Layout {
         const bool again = p.gradient || p.compares() || p.pull;
         keep = again && row_bytes <= free - group_bytes;
         // Several groups hide the latencies of each other's instructions while their columns fit the first-level cache.
-        for (groups = 4; groups >= 1; groups /= 2) {
+        by_columns = false;
+        for (groups = 4; groups >= 1 && !p.has_lists(); groups /= 2) {
             lanes = tile = groups * W;
             const int64_t column_bytes = (columns * p.classes + flat_columns(p)) * lanes * sizeof(float);
             by_columns = p.classes <= few_classes && groups * group_bytes + column_bytes <= (groups > 1 ? 32 * 1024 : free);
             if (by_columns) return;
         }
         groups = 1;
-        if (again) tile = !keep ? 1 : (free - group_bytes) / row_bytes < W ? int((free - group_bytes) / row_bytes) : W;
+        if (p.has_lists())
+            tile = 1;
+        else if (again) tile = !keep ? 1 : (free - group_bytes) / row_bytes < W ? int((free - group_bytes) / row_bytes) : W;
     }
 
-    // Bytes of the scratch, with room for the slopes of a row whose exponentials are not kept.
-    int64_t bytes(const Problem& p) const {
-        return scratch_bytes + (p.compares() && p.gradient && !by_columns && !keep ? (width * 4 + 63) / 64 * 64 : 0);
+    static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+    // Bytes of the slopes of a row whose exponentials are not kept.
+    int64_t slopes_bytes(const Problem& p) const {
+        return p.compares() && p.gradient && !by_columns && !keep ? rounded(width * sizeof(float)) : 0;
     }
+    int64_t list_bytes(const Matrix& m) const { return m.classes ? rounded((blocks + 1 + 3 * m.listed) * sizeof(float)) : 0; }
+    int64_t lists_bytes(const Problem& p) const {
+        if (!p.has_lists()) return 0;
+        int64_t sum = rounded(p.teachers * sizeof(List)) + rounded(block) + 2 * rounded(block * sizeof(float));
+        for (int64_t k = 0; k < p.teachers; k++) sum += list_bytes(p.teacher[k]);
+        return sum;
+    }
+    int64_t bytes(const Problem& p) const { return scratch_bytes + slopes_bytes(p) + lists_bytes(p); }
 
     // The rows of a tile, one after the other, take as much room as this many columns.
     static int64_t flat_columns(const Problem& p) { return (p.classes + 3) / 4 * 4 + 1; }

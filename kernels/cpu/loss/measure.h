@@ -17,6 +17,10 @@ void Worker::measure_row(int lane) {
     const int64_t label = row.margin_label[lane];
     double cross_z = 0, cross_sum = 0;
     Running& s = running[0];
+    for (int64_t j = 1; list && j < layout.tensors; j++) {
+        list[j - 1].taken = is_list(j) && tensor[j].alpha[lane] != 0;
+        if (list[j - 1].taken) read_list(j, n);
+    }
     for (int64_t from = 0, b = 0, end; from < p.classes; from = end, b++) {
         end = block_end(from);
         const int64_t count = end - from;
@@ -46,12 +50,19 @@ void Worker::measure_row(int lane) {
             return kept_row(lane, j) + from;
         };
         const float before = s.origin;
-        s.z += with_block(p.student, n, from, count, teacher, [&](const auto& x) {
+        const float block_z = with_block(p.student, n, from, count, teacher, [&](const auto& x) {
             return measure(s, x, [&](auto best, float origin) {
                 return exp_block<decltype(best)>(x, student, exponentials(0, origin), count, origin, soft[0].exponent, ahead(0, n, end));
             });
         }).z;
+        s.z += block_z;
         const double student_shift = double(before) - s.origin;
+        for (int64_t j = 1; list && j < layout.tensors; j++) {
+            if (!list[j - 1].taken) continue;
+            double& rest = list[j - 1].rest;
+            if (rest != 0 && student_shift != 0) rest *= exp(float(student_shift), soft[0].exponent);
+            rest += sum_rest(j, b, layout.keep ? kept_row(lane, 0) + from : fresh, count, block_z);
+        }
         if (cross) {
             if (cross_z != 0) cross_z *= exp(float(student_shift), sharp);
             cross_sum += student_shift * from + sum_block(student, count);
@@ -60,7 +71,7 @@ void Worker::measure_row(int lane) {
                                      sharp, ahead(0, n, end)).z;
         }
         for (int64_t j = 1; j < layout.tensors; j++) {
-            if (tensor[j].alpha[lane] == 0) continue;
+            if (tensor[j].alpha[lane] == 0 || is_list(j)) continue;
             Running& t = running[j];
             const Exponent exponent = soft[j].exponent;
             const float ratio = soft[j].ratio;
@@ -93,6 +104,11 @@ void Worker::measure_row(int lane) {
     }
     for (int64_t j = 0; j < layout.tensors; j++) {
         if (j > 0 && tensor[j].alpha[lane] == 0) continue;
+        if (is_list(j)) {
+            if (list[j - 1].rest != 0 && student_shift != 0) list[j - 1].rest *= exp(float(student_shift), soft[0].exponent);
+            measure_list(j, lane);
+            continue;
+        }
         const Running& t = running[j];
         tensor[j].z[lane] = t.top.first == -infinity ? nan : float(t.z);
         tensor[j].d[lane] = float(t.d / p.temperature);

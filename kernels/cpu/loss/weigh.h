@@ -51,7 +51,7 @@ void Worker::weigh(int g) {
         store(t.weight, w);
         store(t.inverse_z, inverse_z);
         store(t.shift, log(student_z / z));
-        store(t.factor, (w != 0) & distils ? p.compares() ? taught_scale * w : taught_scale * w * inverse_z : none);
+        store(t.factor, (w != 0) & distils ? p.compares() || is_list(j) ? taught_scale * w : taught_scale * w * inverse_z : none);
     }
     store(tensor[0].margin, margin(tensor[0]));
     store(tensor[0].inverse_z, 1 / student_z);

@@ -34,13 +34,16 @@ struct Worker {
     float* flat;     // by columns: [lanes, classes], the rows of one tensor
     float* origins;  // [tile, slots, blocks]: the origin of each kept block
     float* slopes;   // [width]: of a row whose exponentials are not kept, see compare.h
+    List* list;      // [teachers], see lists.h; null: they all give logits
+    Listed listed;
 
     Worker(const Problem& problem, char* memory)
         : p(problem), layout(problem), sharp(1) {
         slopes = (float*)(memory + scratch_bytes);
+        place_lists(memory + scratch_bytes + layout.slopes_bytes(p));
         const auto take = [&](int64_t bytes) {
             char* taken = memory;
-            memory += (bytes + 63) / 64 * 64;
+            memory += Layout::rounded(bytes);
             return taken;
         };
         row = (Rows*)take(layout.groups * sizeof(Rows));
@@ -60,6 +63,25 @@ struct Worker {
         origins = (float*)take(layout.keep ? layout.tile * slots() * layout.blocks * sizeof(float) : 0);
         kept = (float*)memory;
         flat = kept + layout.columns * p.classes * layout.lanes;
+    }
+
+    void place_lists(char* memory) {
+        list = nullptr;
+        if (!p.has_lists()) return;
+        const auto take = [&](int64_t bytes) {
+            char* taken = memory;
+            memory += Layout::rounded(bytes);
+            return taken;
+        };
+        list = (List*)take(p.teachers * sizeof(List));
+        listed = {(uint8_t*)take(block), (int32_t*)take(block * sizeof(float)), (float*)take(block * sizeof(float))};
+        __builtin_memset(listed.mark, 0, block);
+        for (int64_t k = 0; k < p.teachers; k++) {
+            const int64_t size = p.teacher[k].listed;
+            int32_t* const own = (int32_t*)take(layout.list_bytes(p.teacher[k]));
+            float* const values = (float*)(own + layout.blocks + 1 + size);
+            list[k] = {own, own + layout.blocks + 1, values, values + size, 0, false, 0, 0, 0, 0};
+        }
     }
 
     const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
@@ -91,6 +113,15 @@ struct Worker {
     void read_row_inputs(int g);
     void measure_row(int lane);
     void finish_rows();
+    bool is_list(int64_t j) const { return list && matrix(j).classes; }
+    void read_list(int64_t j, int64_t n);
+    float sum_rest(int64_t j, int64_t b, float* e, int64_t count, float z);
+    void measure_list(int64_t j, int lane);
+    const float* rest_logits(int64_t j, int64_t n, int64_t b, int64_t count);
+    double measure_far_rest(int64_t j, int64_t n);
+    void compare_list(int64_t j, int lane);
+    bool lists_in(int64_t b) const;
+    void combine_lists(int64_t n, int64_t b, int64_t count, float base, float scale, float* e, float* sums);
     void read_columns(const Matrix& m, float* columns) const;
     void measure_columns(int64_t j, int g);
     void weigh(int g);

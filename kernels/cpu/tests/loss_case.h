@@ -55,7 +55,7 @@ struct Logits {
                 }
             }
         }
-        matrix = {memory.data() + offset * size, row_stride, column_stride, type, row_max.data(), step.data(), 2, nullptr};
+        matrix = {memory.data() + offset * size, row_stride, column_stride, type, row_max.data(), step.data(), 2, nullptr, nullptr, 0, false};
     }
 };
 
