@@ -15,12 +15,20 @@ from amtss_fast.errors import UserError
 from amtss_fast.loss.logits import QuantizedWeight, quantize_weight
 from amtss_fast.models.modes import eval_mode
 
+# Logits far beyond every cap, and logits that no cap changes much.
+_HUGE, _SMALL = 1e30, 1e-2
+
 
 class OutputHead:
-    """Logits of `model` as scale (hidden weight^T + bias), for :func:`amtss_fast.linear_amtss_loss`.
+    """Logits of `model` as softcap tanh(scale (hidden weight^T + bias) / softcap).
 
-    Some models change the logits after `get_output_embeddings()`. A trial with one short row shows how: a constant
-    factor (Cohere, Granite) becomes `scale`, every other change is refused.
+    They are for :func:`amtss_fast.linear_amtss_loss`: `hidden`, `weight`, `bias` and `softcap` are its arguments, and
+    `scale` is in the first and the third of them already.
+
+    What a model does to its logits after `get_output_embeddings()` is configured under names that differ, and so do
+    their meanings: Granite divides by its `logits_scaling`, HyperCLOVA X multiplies by it, MiniCPM3 divides the hidden
+    states. So a trial with one short row measures it: a constant factor (Cohere, Falcon-H1) is `scale`, a cap (Gemma)
+    is `softcap`, and every other change is refused.
 
     Args:
         model: a masked or causal language model.
@@ -28,8 +36,13 @@ class OutputHead:
 
     Raises:
         UserError: no output embeddings; a head that is not one matrix and a bias; an encoder-decoder; logits that are
-            capped, shifted or otherwise changed after the head.
+            clipped, shifted or otherwise changed after the head.
     """
+
+    scale: float
+    """What the model multiplies its logits by."""
+    softcap: float | None
+    """What the model's logits never exceed; None without a cap."""
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         module = model.get_output_embeddings()
@@ -42,7 +55,7 @@ class OutputHead:
             raise UserError(f"{name}: {type(model).__name__} is an encoder-decoder, which is not supported")
         self._module: nn.Module = module
         self._codes: QuantizedWeight | None = None
-        self.scale = self._find_scale(model, f"{name}: {type(model).__name__}")
+        self.scale, self.softcap = self._measure(model, f"{name}: {type(model).__name__}")
 
     @property
     def weight(self) -> Tensor | QuantizedWeight:
@@ -88,8 +101,8 @@ class OutputHead:
 
         def catch(hidden: Tensor) -> Tensor:
             caught.append(hidden)
-            # The rest of the model needs a tensor in the place of the logits.
-            return hidden[..., :1]
+            # The rest of the model needs a tensor in the place of the logits, and may write to it.
+            return hidden[..., :1].clone()
 
         with self._with_forward(catch):
             model(**inputs)
@@ -107,54 +120,66 @@ class OutputHead:
             if own is not None:
                 self._module.forward = own
 
-    def _find_scale(self, model: PreTrainedModel, what: str) -> float:
-        """The factor that the model applies to its logits.
+    def _measure(self, model: PreTrainedModel, what: str) -> tuple[float, float | None]:
+        """The scale and the cap that the model applies to its logits.
 
-        With z in place of the head's logits the model gives f(z). f(0) = 0, and f(z) = c z for a small and for a large
-        z, leave only a constant factor c.
+        With z in place of the head's logits the model gives f(z). Of a huge z it gives the cap, if it has one, and of a
+        small z then the scale. For z of every size f(z) must be what the two say.
         """
         with eval_mode(model):
-            hidden = self._check_no_shift(model, what)
-            small, large = (self._factor(model, size, what) for size in (1.0, 100.0))
-            plain = F.linear(hidden, self._parameter, getattr(self._module, "bias", None))
-            if not torch.allclose(self._module(hidden), plain, equal_nan=True):
-                raise UserError(f"{what} has an output layer {type(self._module).__name__} that is not hidden W^T + b")
-        if abs(small - large) > 4 * torch.finfo(self._parameter.dtype).eps * abs(small):
-            raise UserError(f"{what} scales its logits by {small} or {large}, depending on their size")
-        # A difference of rounding alone is no factor.
-        return 1.0 if abs(large - 1) < 1e-6 else large
+            self._check_head(model, what)
+            _, reached = self._answer(model, _HUGE, what)
+            reached = reached.abs()
+            capped = bool(reached.isfinite().all()) and bool((reached == reached.max()).all())
+            softcap = float(reached.max()) if capped else None
+            logits, got = self._answer(model, _SMALL, what)
+            inner = got if softcap is None else softcap * (got / softcap).atanh()
+            scale = float((inner * logits).sum() / logits.square().sum())
+            # A difference of rounding alone is no factor.
+            scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+            for size in (_SMALL, 1.0, 10.0, 100.0):
+                self._check_form(model, size, scale, softcap, what)
+        return scale, softcap
 
-    def _check_no_shift(self, model: PreTrainedModel, what: str) -> Tensor:
-        """The input of the head for the trial row; raises UserError where f(0) is not 0."""
+    def _check_head(self, model: PreTrainedModel, what: str) -> None:
+        """UserError where the output layer is not a product and a bias, or where f(0) is not 0."""
         hidden, _, got = self._with_logits(model, 0.0, what)
         # A result that requires a gradient comes from a bias whose value is still 0.
         if got.requires_grad or (got != 0).any():
             raise UserError(f"{what} adds to its logits behind its output embeddings, which is not supported")
-        return hidden
+        plain = F.linear(hidden, self._parameter, getattr(self._module, "bias", None))
+        if not torch.allclose(self._module(hidden), plain, equal_nan=True):
+            raise UserError(f"{what} has an output layer {type(self._module).__name__} that is not hidden W^T + b")
 
-    def _factor(self, model: PreTrainedModel, size: float, what: str) -> float:
-        """The factor c of f(z) = c z for logits z of this size; raises UserError where f is not linear."""
+    def _check_form(self, model: PreTrainedModel, size: float, scale: float, softcap: float | None, what: str) -> None:
+        """UserError where f(z) is not that of this scale and cap for z of this size."""
         _, logits, got = self._with_logits(model, size, what)
-        got = got.detach().double()
-        factor = float((got * logits).sum() / logits.double().square().sum())
-        if not torch.allclose(got, factor * logits.double(), rtol=4 * torch.finfo(logits.dtype).eps, atol=0):
-            capping = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-            cause = "" if capping is None else f" (final_logit_softcapping = {capping})"
+        wanted = scale * logits.double()
+        if softcap is not None:
+            wanted = softcap * (wanted / softcap).tanh()
+        if not torch.allclose(got.double(), wanted, rtol=8 * torch.finfo(got.dtype).eps, atol=0):
             raise UserError(
-                f"{what} changes its logits behind its output embeddings{cause}, which the fused head "
-                "cannot do: only a constant factor is supported"
+                f"{what} changes its logits behind its output embeddings in a way that the fused head cannot: only a "
+                "constant factor and a cap by tanh are supported"
             )
-        return factor
+
+    def _answer(self, model: PreTrainedModel, size: float, what: str) -> tuple[Tensor, Tensor]:
+        """Logits z of this size and the model's f(z), in float64."""
+        _, logits, got = self._with_logits(model, size, what)
+        return logits.double(), got.detach().double()
 
     def _with_logits(self, model: PreTrainedModel, size: float, what: str) -> tuple[Tensor, Tensor, Tensor]:
         """The input of the head for a row of two tokens, logits z of this size, and the model's f(z)."""
+        # At least in float32, in which a factor is measured well.
+        dtype = torch.promote_types(self._parameter.dtype, torch.float32)
         logits = size * torch.randn(1, 2, len(self._parameter), generator=torch.Generator().manual_seed(0))
-        logits = logits.to(self._parameter.device, self._parameter.dtype)
+        logits = logits.to(self._parameter.device, dtype)
         entered: list[Tensor] = []
 
         def give(hidden: Tensor) -> Tensor:
             entered.append(hidden)
-            return logits
+            # The model may write to it.
+            return logits.clone()
 
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         with self._with_forward(give):

@@ -22,7 +22,7 @@ class Meter:
     def update(self, stats: AMTSSStats, language_ids: Tensor, counts: Tensor) -> None:
         """Adds n rows; `counts` [n] bool: which of them are not ignored."""
         n_teachers = len(self._teachers)
-        # Count, weighted KL, the student's margin, then the teachers' weights and margins.
+        # Count, weighted divergence, the student's margin, then the teachers' weights and margins.
         rows = torch.cat(
             [
                 counts.unsqueeze(0).to(stats.weights.dtype),

@@ -16,6 +16,7 @@ from tiny_tokens import LANGUAGES, TAGS, make_batch, make_rows, make_teachers, t
 
 from amtss_fast import AMTSSTrainer, AMTSSTrainingArguments, amtss_loss
 from amtss_fast.data import LanguageModelCollator, token_targets
+from amtss_fast.teachers import Teacher, TokenTeachers
 from amtss_fast.training import find_task, score_metrics
 from amtss_fast.training.tasks import tokens
 
@@ -69,6 +70,62 @@ def test_loss_and_scores_are_those_of_all_logits(task: str) -> None:
         right = ((z.argmax(-1) == targets) & taught).view(-1, length).sum(1)
         assert torch.equal(scores[:, 1], right.float())
         assert torch.equal(scores[:, 2], taught.view(-1, length).sum(1).float())
+
+
+def scaled_teachers() -> TokenTeachers:
+    """Causal models that do something to their logits, each something else."""
+    models = {
+        "gemma2": {"final_logit_softcapping": 1.5},
+        "cohere": {"logit_scale": 0.3},
+        "granite": {"logits_scaling": 3.0},
+        "llama": {},
+    }
+    teachers = [
+        Teacher(tiny_model("causal-lm", kind, seed, **options), name=kind, tokenizer=tokenizer())
+        for seed, (kind, options) in enumerate(models.items(), 1)
+    ]
+    return TokenTeachers(teachers, task="causal-lm", languages=LANGUAGES, tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "made_so"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("gemma3_text", {"final_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.4}),
+        ("granite", {"logits_scaling": 0.7}),
+    ],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.5, "ce_weight": 0.5},
+        {"divergence": "jsd", "divergence_beta": 0.3, "teacher_temperature": [1.0, 1.5, 2.0, 3.0]},
+    ],
+)
+def test_the_loss_is_that_of_the_logits_that_models_give(
+    kind: str, made_so: dict[str, Any], options: dict[str, Any]
+) -> None:
+    student, teachers, batch = tiny_model("causal-lm", kind, **made_so), scaled_teachers(), make_batch("causal-lm")
+    targets = token_targets("causal-lm", batch).flatten()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        taught = [teacher.model(**inputs).logits.flatten(0, 1) for teacher in teachers.teachers]
+    logits = student(**inputs).logits.flatten(0, 1)
+    expected, stats = amtss_loss(logits, taught, targets, return_stats=True, backend="reference", **options)
+    parameters = list(student.parameters())
+    wanted = torch.autograd.grad(expected, parameters)
+    objective = find_task("causal-lm").objective(student)
+    step = objective.step(student, batch, teachers, **options)
+    torch.testing.assert_close(step.loss, expected, rtol=1e-5, atol=1e-6)
+    assert step.stats is not None
+    torch.testing.assert_close(step.stats.kd, stats.kd[:, targets != -100], rtol=1e-4, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(step.loss, parameters), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    scores = [objective.scores(student, batch), *find_task("causal-lm").teacher_scores(teachers, batch)]
+    for got, z in zip(scores, [logits, *taught], strict=True):
+        losses = F.cross_entropy(z, targets, reduction="none").view(len(got), -1).sum(1)
+        torch.testing.assert_close(got[:, 0], losses, rtol=1e-4, atol=1e-5)
 
 
 def test_metrics() -> None:

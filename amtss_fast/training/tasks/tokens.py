@@ -37,15 +37,27 @@ def head_loss(head: OutputHead, rows: Rows, taught: Taught | None, **options: An
     hidden: Sequence[Any] = [student.new_zeros(len(student), 1)]
     weights: list[Tensor | QuantizedWeight] = [student.new_zeros(1, 1)]
     biases: list[Tensor | None] = [None]
+    caps: list[float | None] = [None]
     if taught is not None:
         heads = taught.teachers.heads
         hidden = taught.answers.outputs
         weights = [other.weight.to(device) for other in heads]
         biases = [None if other.bias is None else other.bias.to(device) for other in heads]
+        caps = [other.softcap for other in heads]
     # The head is in 8 bits only where a teacher is scored in the student's place.
     weight = head.weight.dequantize() if isinstance(head.weight, QuantizedWeight) else head.weight
     return linear_amtss_loss(
-        student, weight, hidden, weights, rows.labels, student_bias=head.bias, teacher_bias=biases, **options
+        student,
+        weight,
+        hidden,
+        weights,
+        rows.labels,
+        student_bias=head.bias,
+        teacher_bias=biases,
+        # Scales are in hidden states and biases.
+        student_softcap=head.softcap,
+        teacher_softcap=caps,
+        **options,
     )
 
 
