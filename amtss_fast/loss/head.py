@@ -40,7 +40,7 @@ def sizes_of(device: torch.device) -> Sizes:
 
 
 def default_chunk_rows(n_rows: int, n_classes: int, n_teachers: int, itemsize: int, device: torch.device) -> int:
-    """How many rows a chunk has; all chunks have about the same number."""
+    """How many rows a chunk has; all chunks have about the same number. `n_teachers` is what a row has at most."""
     sizes = sizes_of(device)
     row_bytes = (n_teachers + 2) * n_classes * itemsize
     most = max(sizes.least_rows, sizes.chunk_bytes // row_bytes // sizes.rows * sizes.rows)
@@ -146,21 +146,20 @@ class Head:
         block = self.weight[begin:end]
         return block if block.dtype == dtype else self.scratch("weight", dtype, *block.shape).copy_(block)
 
-    def write_logits(self, pick: slice | Tensor, taught: Tensor | None, out: Tensor) -> None:
-        """Fill `out` [n, C or more] with the logits of these rows; of `taught` ones alone where that is given.
+    def write_logits(self, pick: slice | Tensor, out: Tensor) -> None:
+        """Fill `out` [n, C or more] with the logits of these rows.
 
         Classes that this model lacks are -inf, classes that only it has are left out.
         """
+        if len(out) == 0:
+            return
         n_classes = min(len(self.weight), self.n_classes)
         out[:, n_classes:].fill_(-math.inf)
         rows = self.rows(pick, self.dtype)
-        if taught is not None:
-            rows = rows[taught]
         for begin, end in self.blocks(n_classes, self.dtype):
             target = out[:, begin:end]
             # CPU libraries are so much faster with the rows side by side in memory that a copy pays off.
-            aside = self.on_cpu or taught is not None
-            block = self.scratch("block", self.dtype, end - begin, len(rows)).t() if aside else target
+            block = self.scratch("block", self.dtype, end - begin, len(rows)).t() if self.on_cpu else target
             head = self.classes(begin, end, self.dtype).t()
             bias = None if self.bias is None else self.bias[begin:end]
             if bias is not None and self.code_scale is None:
@@ -172,9 +171,7 @@ class Head:
                 if bias is not None:
                     block.add_(bias)
             self.scaling.apply(block)
-            if taught is not None:
-                target.index_copy_(0, taught, block)
-            elif aside:
+            if self.on_cpu:
                 target.copy_(block)
 
     def add_gradients(

@@ -7,20 +7,20 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import is_interpreted
+from backends import available_backends, is_interpreted
 from numerics import IGNORED, UNLABELED, assert_parts_within_budget
 from test_loss import OPTIONS
 from torch import Tensor
 
-from amtss_fast import QuantizedWeight, amtss_loss, linear_amtss_loss, quantize_weight
+from amtss_fast import QuantizedWeight, TopKLogprobs, amtss_loss, linear_amtss_loss, quantize_weight
 from amtss_fast.loss import head as heads
-from amtss_fast.loss import linear_ops
+from amtss_fast.loss import linear_compute
 from amtss_fast.loss.head import default_chunk_rows
 from amtss_fast.loss.options import LossOptions
 
@@ -36,8 +36,8 @@ class LinearCase:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    teacher_hidden: list[Tensor]
-    teacher_weight: list[Tensor | QuantizedWeight]
+    teacher_hidden: list[Tensor | TopKLogprobs]
+    teacher_weight: list[Tensor | QuantizedWeight | None]
     teacher_bias: list[Tensor | None]
     labels: Tensor | None
     options: dict[str, Any] = field(default_factory=dict)
@@ -48,11 +48,16 @@ class LinearCase:
 
     def run(self, backend: str | None, grad_output: Tensor | None = None, **options: Any) -> dict[str, Tensor]:
         student = self.student()
-        loss, stats = linear_amtss_loss(
-            *student[:2], self.teacher_hidden, self.teacher_weight, self.labels,
-            student_bias=student[2] if self.bias is not None else None, teacher_bias=self.teacher_bias,
-            return_stats=True, backend=backend, **self.options | options,
-        )  # fmt: skip
+        try:
+            loss, stats = linear_amtss_loss(
+                *student[:2], self.teacher_hidden, self.teacher_weight, self.labels,
+                student_bias=student[2] if self.bias is not None else None, teacher_bias=self.teacher_bias,
+                return_stats=True, backend=backend, **self.options | options,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if "cannot run these tensors" in str(error):
+                pytest.skip(str(error))
+            raise
         loss.backward(torch.ones_like(loss) if grad_output is None else grad_output)
         for tensor in student:
             assert tensor.grad is not None
@@ -63,8 +68,11 @@ class LinearCase:
         """All logits at once, from the same (already rounded) inputs, and the reference's loss of them."""
         student = self.student(dtype)
         n_classes = len(self.weight)
-        logits = []
+        logits: list[Tensor | TopKLogprobs] = []
         for hidden, weight, bias in zip(self.teacher_hidden, self.teacher_weight, self.teacher_bias, strict=True):
+            if isinstance(hidden, TopKLogprobs):
+                logits.append(hidden._replace(logprobs=hidden.logprobs.to(dtype)))
+                continue
             dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
             values = F.linear(hidden.to(dtype), dense.to(dtype), None if bias is None else bias.to(dtype))
             values = scaled(values, *(of_teacher(self.options.get(name), len(logits)) for name in TEACHER_SCALING))
@@ -150,7 +158,39 @@ def _to(value: Any, device: Any) -> Any:
         return [_to(item, device) for item in value]
     if isinstance(value, dict):
         return {name: _to(item, device) for name, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor | QuantizedWeight) else value
+    return value.to(device) if isinstance(value, Tensor | QuantizedWeight | TopKLogprobs) else value
+
+
+def route(case: LinearCase, share: float = 0.4) -> LinearCase:
+    """Each teacher but the second with rows of its own, some with ignored ones, the last with none."""
+    g, n, last = torch.Generator().manual_seed(1), len(case.hidden), len(case.teacher_hidden) - 1
+    with torch.device("cpu"):
+        picked = [torch.rand(n, generator=g) < (share if k < last else 0) for k in range(last + 1)]
+    rows = [None if k == 1 else own.nonzero().squeeze(1).to(case.hidden.device) for k, own in enumerate(picked)]
+    hidden = [h if own is None else _rows(h, own) for h, own in zip(case.teacher_hidden, rows, strict=True)]
+    return replace(case, teacher_hidden=hidden, options=case.options | {"teacher_rows": rows})
+
+
+def _rows(hidden: Tensor | TopKLogprobs, own: Tensor) -> Tensor | TopKLogprobs:
+    if isinstance(hidden, TopKLogprobs):
+        return hidden._replace(indices=hidden.indices[own], logprobs=hidden.logprobs[own])
+    return hidden[own]
+
+
+def with_list(case: LinearCase, k: int, length: int, tail: Any = "bucket") -> LinearCase:
+    """Teacher `k` gives its `length` most likely classes."""
+    logits = F.linear(case.teacher_hidden[k].float(), case.teacher_weight[k].float())
+    logprobs, indices = logits.log_softmax(-1).topk(length)
+
+    def put(values: list[Any], value: Any) -> list[Any]:
+        return [value if i == k else old for i, old in enumerate(values)]
+
+    return replace(
+        case,
+        teacher_hidden=put(case.teacher_hidden, TopKLogprobs(indices, logprobs, tail)),
+        teacher_weight=put(case.teacher_weight, None),
+        teacher_bias=put(case.teacher_bias, None),
+    )
 
 
 # The same as the loss of the logits.
@@ -238,7 +278,7 @@ def test_a_label_beyond_the_last_class_makes_its_row_nan(
     if backend != "triton":
         pytest.skip("the other backends look at the labels")
     monkeypatch.setattr(heads, "sizes_of", lambda device: heads._ACCELERATOR)
-    monkeypatch.setattr(linear_ops, "values_are_free", lambda tensor: False)
+    monkeypatch.setattr(linear_compute, "values_are_free", lambda tensor: False)
     case = make_linear_case(special_rows=False, reduction="none")
     case.labels[2] = label
     loss = case.run(backend)["loss"]
@@ -379,6 +419,128 @@ def test_rows_that_a_teacher_does_not_teach_are_left_out(backend: str, how: str,
     case.teacher_hidden[1][absent[1]] = NAN
     for name, value in case.run(backend, chunk_rows=8).items():
         assert torch.equal(value, clean[name]), name
+
+
+# Teachers with rows of their own, and top-k lists.
+
+DIVERGING: list[dict[str, Any]] = [
+    {"divergence": "jsd", "divergence_beta": 0.3, "ce_weight": 0.5, "teacher_temperature": (0.7, 2.0, 5.0)},
+    {"divergence": "reverse_kl", "teacher_temperature": 3.0, "weighting": "top2_margin"},
+    {"divergence": "tvd", "temperature": 1.0, "weighting": "label_nll", "student_softcap": 5.0, "teacher_scale": 0.5},
+    {"divergence": "skew_forward_kl", "reduction": "sum", "student_softcap": 3.0},
+    {"divergence": "skew_reverse_kl", "ce_weight": 0.2, "label_smoothing": 0.1},
+]
+
+
+def grad_output(reduction: str = "mean") -> Tensor:
+    return torch.rand(29) if reduction == "none" else torch.tensor(0.37)
+
+
+@pytest.mark.parametrize("options", DIVERGING)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_divergences_and_temperatures(backend: str, options: dict[str, Any], reduction: str) -> None:
+    case = make_linear_case(extras=True, **{"reduction": reduction} | options)
+    case.check(backend, grad_output(case.options["reduction"]), chunk_rows=8)
+
+
+@pytest.mark.parametrize("options", [{}, *DIVERGING])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_routed_teachers(backend: str, options: dict[str, Any], extras: bool, reduction: str) -> None:
+    case = route(make_linear_case(extras=extras, **{"reduction": reduction} | options))
+    case.teacher_weight[0] = quantize_weight(case.teacher_weight[0])
+    case.check(backend, grad_output(case.options["reduction"]), chunk_rows=8)
+
+
+def test_routed_teachers_are_masked_ones(backend: str) -> None:
+    whole = make_linear_case(ce_weight=0.5, extras=True)
+    routed = route(whole)
+    for k, own in enumerate(routed.options["teacher_rows"]):
+        if own is not None:
+            whole.options["teacher_mask"][k] &= torch.zeros(29, dtype=torch.bool).index_fill(0, own, True)
+    for chunk_rows in (None, 1, 8, 29):
+        got, expected = routed.run(backend, chunk_rows=chunk_rows), whole.run(backend, chunk_rows=8)
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_only_taught_rows_enter_products(backend: str, product_rows: list[int]) -> None:
+    case = route(make_linear_case(20, 48, special_rows=False, ce_weight=0.4))
+    case.labels[::3] = IGNORED
+    keep = case.labels != IGNORED
+    for hidden, own in zip(case.teacher_hidden, case.options["teacher_rows"], strict=True):
+        hidden[~(keep if own is None else keep[own])] = NAN
+    for name, value in case.run(backend, chunk_rows=5).items():
+        assert value.isfinite().all(), name
+    taught = sum(int((keep if own is None else keep[own]).sum()) for own in case.options["teacher_rows"])
+    assert sum(product_rows) == int(keep.sum()) + taught
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"divergence": "jsd", "temperature": 1.0, "ce_weight": 0.5}])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 37])
+def test_teachers_of_top_k_lists(
+    backend: str, options: dict[str, Any], reduction: str, routed: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows of logits are filled up, and a list holds all classes but for rounding."""
+    monkeypatch.setattr(heads, "_CPU", heads._CPU._replace(classes=16))
+    case = make_linear_case(extras=True, reduction=reduction, teacher_scale=[None, 1.2, None], **options)
+    case = with_list(with_list(case, 0, length), 2, 5, "renormalize")
+    case = route(case) if routed else case
+    case.check(backend, grad_output(reduction), chunk_rows=8)
+
+
+def test_no_logits_are_made_of_a_list(product_rows: list[int]) -> None:
+    case = make_linear_case(20, special_rows=False, temperature=1.0)
+    for k in range(3):
+        case = with_list(case, k, 4)
+    case.check(None)
+    product_rows.clear()
+    case.run(None)
+    assert sum(product_rows) == 20
+    case = with_list(make_linear_case(20, special_rows=False, temperature=1.0), 1, 4)
+    args = case.hidden, case.weight, case.teacher_hidden[1], [None]
+    assert torch.equal(
+        linear_amtss_loss(*args, temperature=1.0), linear_amtss_loss(*args[:2], [args[2]], [None], temperature=1.0)
+    )
+
+
+@pytest.mark.parametrize("order", ["in turn", "one after the other"])
+def test_teachers_that_share_out_the_rows_take_the_memory_of_one(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    monkeypatch.setattr(heads, "_CPU", heads._CPU._replace(chunk_bytes=1 << 20, least_rows=16, block=64))
+    made: list[heads.Scratch] = []
+
+    def scratch(device: torch.device) -> heads.Scratch:
+        made.append(heads.Scratch(device))
+        return made[-1]
+
+    def peak(case: LinearCase) -> int:
+        case.run("cpu" if "cpu" in available_backends() else "reference")
+        return sum(buffer.nbytes for buffer in made[-1]._buffers.values())
+
+    monkeypatch.setattr(linear_compute, "Scratch", scratch)
+    one = make_linear_case(600, 2000, widths=(8,), special_rows=False)
+    ten = make_linear_case(600, 2000, widths=(8,) * 10, special_rows=False)
+    owner = torch.arange(600) % 10 if order == "in turn" else torch.arange(600) // 60
+    rows = [(owner == k).nonzero().squeeze(1) for k in range(10)]
+    ten.teacher_hidden = [hidden[own] for hidden, own in zip(ten.teacher_hidden, rows, strict=True)]
+    masked = replace(ten, teacher_hidden=[one.teacher_hidden[0]] * 10)
+    ten.options["teacher_rows"] = rows
+    masked.options = {"teacher_mask": torch.stack([owner == k for k in range(10)])}
+    assert peak(ten) <= 1.05 * peak(one)
+    assert peak(masked) <= 1.05 * peak(one)
+
+
+def test_wrong_rows_and_lists_are_named() -> None:
+    case = route(make_linear_case(temperature=1.0))
+    case.options["teacher_rows"][0] = case.options["teacher_rows"][0].flip(0)
+    with pytest.raises(ValueError, match=r"teacher_rows\[0\] must be ascending"):
+        case.run(None)
+    case = with_list(make_linear_case(temperature=1.0), 1, 4)
+    case.teacher_hidden[1].indices[3, 2] = 37
+    with pytest.raises(ValueError, match=r"\[1\].indices\[3, 2\] = 37 is no class from 0 to 36"):
+        case.run(None, chunk_rows=2)
 
 
 def test_teachers_that_nobody_looks_at_are_left_out(product_rows: list[int]) -> None:
@@ -547,22 +709,48 @@ def test_operator_of_the_heads(
     o = case.options
     weight = quantize_weight(case.teacher_weight[0])
     grad_loss = torch.rand(9) if reduction == "none" and need_grad else None
-    inputs = linear_ops.LinearInputs(
+    inputs = linear_compute.LinearInputs(
         case.hidden, case.weight, case.bias, case.teacher_hidden, [weight.codes, *case.teacher_weight[1:]],
-        [weight.scale, None, None], case.teacher_bias, case.labels, o["teacher_prior"], o["teacher_mask"],
+        [weight.scale, None, None], case.teacher_bias, [], [], [], case.labels, o["teacher_prior"], o["teacher_mask"],
         o["sample_weight"], None,
     )  # fmt: skip
     options = LossOptions(ce_weight=0.5, label_smoothing=0.1, reduction=reduction)
     needs = [need_grad] * 3
-    scalings = linear_ops.Scalings(1.5, 4.0, [1.0, 0.5, 2.0], [math.inf, 3.0, 5.0])
+    scalings = linear_compute.Scalings(1.5, 4.0, [1.0, 0.5, 2.0], [math.inf, 3.0, 5.0])
     arguments = (*inputs, *options.values(3), *scalings, grad_loss, 4, *needs, need_stats, backend)
+    torch.library.opcheck(torch.ops.amtss_fast.linear_amtss_loss, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_operator_of_routed_teachers_and_lists(reduction: str, need_grad: bool) -> None:
+    case = route(with_list(make_linear_case(9, 6, extras=True), 0, 4, "renormalize"))
+    o, listed = case.options, case.teacher_hidden[0]
+    inputs = linear_compute.LinearInputs(
+        case.hidden, case.weight, None, [listed.logprobs, *case.teacher_hidden[1:]], case.teacher_weight,
+        [None] * 3, case.teacher_bias, o["teacher_rows"], [listed.indices, None, None], [False] * 3, case.labels,
+        o["teacher_prior"], o["teacher_mask"], o["sample_weight"], None,
+    )  # fmt: skip
+    options = LossOptions(
+        divergence="jsd", divergence_beta=0.3, teacher_temperature=[1.0, 2.0, 3.0], reduction=reduction
+    )
+    scalings = linear_compute.Scalings(1.5, 4.0, [1.0, 0.5, 2.0], [math.inf, 3.0, 5.0])
+    grad_loss = torch.rand(9) if reduction == "none" and need_grad else None
+    needs = (need_grad, need_grad, False)
+    arguments = (*inputs, *options.values(3), *scalings, grad_loss, 4, *needs, True, "reference")
     torch.library.opcheck(torch.ops.amtss_fast.linear_amtss_loss, arguments)
 
 
 @pytest.mark.parametrize("extras", [{}, {"extras": True, "reduction": "none"}])
 @pytest.mark.parametrize("return_stats", [False, True])
-def test_compiles_to_one_graph(extras: dict[str, Any], return_stats: bool) -> None:
+@pytest.mark.parametrize("new", [False, True])
+def test_compiles_to_one_graph(extras: dict[str, Any], return_stats: bool, new: bool) -> None:
+    """With `new` also a top-k list, routed teachers, a divergence, temperatures and caps."""
     case = make_linear_case(12, ce_weight=0.5, **extras)
+    if new:
+        case = route(with_list(case, 2, 4, "renormalize"))
+        case.options |= {"divergence": "jsd", "teacher_temperature": [1.0, 2.0, 3.0]}
+        case.options |= {"student_softcap": 4.0, "student_scale": 1.5, "teacher_softcap": [3.0, None, None]}
     quantized = [quantize_weight(case.teacher_weight[0]), *case.teacher_weight[1:]]
     torch._dynamo.reset()
 
@@ -690,6 +878,7 @@ def test_heads_that_cannot_be_quantized(weight: Tensor, error: type[Exception], 
 
 
 X, W, TX, TW = torch.zeros(4, 6), torch.zeros(3, 6), torch.zeros(2, 4, 5), torch.zeros(2, 3, 5)
+ROWS, LIST = torch.tensor([0, 2]), TopKLogprobs(torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0))
 WRONG: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((torch.zeros(2, 4, 6), W, TX, TW), {}, ValueError, r"student_hidden must have 2 dimensions, got .*\[2, 4, 6\]"),
     ((X.long(), W, TX, TW), {}, TypeError, "student_hidden must be floating, got torch.int64"),
@@ -712,6 +901,19 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, W, TX, TW), {"teacher_scale": NAN}, ValueError, "teacher_scale must be in .*, got nan"),
     ((X, W, TX, TW), {"teacher_scale": [1.0]}, ValueError, "teacher_scale must be .* each of 2 teachers, got 1"),
     ((X, W, TX, TW), {"teacher_softcap": [3.0, math.inf]}, ValueError, r"teacher_softcap\[1\] must be in .*, got inf"),
+    ((X, W, TX, TW), {"teacher_temperature": [1.0]}, ValueError, "teacher_temperature must .* 2 teachers, got 1"),
+    ((X, W, TX, TW), {"teacher_rows": [None]}, ValueError, "teacher_rows must hold one .* 2 teachers, got 1"),
+    ((X, W, TX, TW), {"teacher_rows": [None, ROWS.int()]}, TypeError, r"teacher_rows\[1\] must be int64"),
+    ((X, W, TX, TW), {"teacher_rows": [None, ROWS]}, ValueError, r"teacher_hidden\[1\] has 4 rows, teacher_rows.* 2"),
+    ((X, W, [TX[0], LIST], [TW[0]]), {}, ValueError, "teacher_weight must hold one entry for each of 2"),
+    ((X, W, [TX[0], LIST], TW), {}, TypeError, r"teacher_weight\[1\] must be None where teacher_hidden\[1\] is TopK"),
+    ((X, W, TX, [TW[0], None]), {}, TypeError, r"teacher_weight\[1\] must be a tensor, got NoneType"),
+    ((X, W, [LIST], [None]), {"teacher_bias": [W[0]]}, TypeError, r"teacher_bias\[0\] must be None where"),
+    ((X, W, [LIST], [None]), {"teacher_scale": [2.0], "temperature": 1}, TypeError, r"teacher_scale\[0\] must be None"),
+    ((X, W, [LIST], [None]), {}, ValueError, r'temperature must be 1 where .*\[0\] has tail="bucket", got 2.0'),
+    ((X[:3], W, [LIST], [None]), {"temperature": 1}, ValueError, r"teacher_hidden\[0\] has 4 rows, student_hidden 3"),
+    ((X, W[:2], [LIST], [None]), {"temperature": 1}, ValueError, r"teacher_hidden\[0\] must list at most C = 2 "),
+    ((X, W, [LIST._replace(tail="x")], [None]), {}, ValueError, r"teacher_hidden\[0\].tail must be one of"),
     ((X, W, TX, TW), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),
     ((X, W, TX, TW, torch.zeros(3).long()), {}, ValueError, r"labels must have shape \[4\], got \[3\]"),
     ((X, W, TX, TW), {"temperature": 0.0}, ValueError, "temperature must be positive"),
