@@ -40,12 +40,6 @@ def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
         return f"they are on {student_logits.device}, the kernels need a CUDA or ROCm device"
     if student_logits.dtype not in _FLOATS:
         return f"student_logits is {student_logits.dtype}, allowed are float32, bfloat16 and float16"
-    if options.divergence != "forward_kl":
-        return f"divergence is {options.divergence!r}, it computes 'forward_kl'"
-    if options.teacher_temperatures(len(teacher_logits)) != (options.temperature,) * len(teacher_logits):
-        return f"teacher_temperature is {options.teacher_temperature}, it takes the student's, {options.temperature}"
-    if inputs.teacher_rows:
-        return "teacher_rows are given, it takes teachers of all rows"
     if inputs.teacher_indices:
         return "a teacher gives top-k log-probabilities, it takes logits"
     for k, teacher in enumerate(teacher_logits):

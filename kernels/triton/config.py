@@ -101,10 +101,10 @@ def choose_chunks(layout: Layout, teacher: str, extras: bool = False) -> tuple[C
     return Config(1, 1024, 32, 152 if extras else 128), Config(1, 2048, 128, 96 if extras else 64)
 
 
-def choose_layout(n_classes: int, tensors: Sequence[Tensor | Logits]) -> Layout:
-    """The fastest layout that all of `tensors` [N, C] allow."""
+def choose_layout(n_classes: int, tensors: Sequence[Tensor | Logits], routed: bool = False) -> Layout:
+    """The fastest layout that all of `tensors` [N, C] allow; `routed`: a row may have another place in each of them."""
     several = n_classes <= FEW_CLASSES
-    if any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
+    if (several and routed) or any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
         return Layout(0, 0)
     # A sector of memory in the narrowest type (half of one for codes); a group of a wider type has several.
     narrowest = min(t.element_size() for t in tensors)
@@ -117,6 +117,8 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor | Logits]) -> Layout:
     if len(places) > 1:
         return Layout(1, 0)
     ((offset, stride),) = places
+    if routed and stride:
+        return Layout(1, 0)
     if several:
         # Every tile begins at a group if the first one does and the rows of a tile fill groups.
         config = choose_config(n_classes, Layout(group, 0), "float32")

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, empty_stats, gradient_dtype
 from amtss_fast.loss.options import LossOptions
 
 from .binary import Launch, launch_all
-from .device.stream import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS
-from .plan import Call, LaunchPlan, describe, make_plan
+from .device.stream import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS, join_normalizers
+from .plan import Call, LaunchPlan, describe, make_plan, sums_terms
 from .sums import add, count
-from .teachers import teacher_arguments
+from .teachers import numbers, places, teacher_arguments
 
 _NO_STATS = dict.fromkeys(AMTSSStats._fields)
 
@@ -49,7 +50,9 @@ def prepare(
     if n_rows > 0:
         tensors: dict[str, Any] = {
             "student": student,
-            "scales": _scales(inputs.teacher_row_max, inputs.teacher_step),
+            "scales": _scales(inputs.teacher_row_max, inputs.teacher_step, n_rows),
+            "exponents": _exponents(n_teachers, options, student, launches),
+            "places": places(inputs.teacher_rows, n_rows, student, launches),
             "labels": labels,
             "prior": _prior(inputs.teacher_prior, inputs.teacher_mask, n_teachers, n_rows),
             "sample_weight": None if inputs.sample_weight is None else inputs.sample_weight.contiguous(),
@@ -87,7 +90,7 @@ def _row_launches(teachers: Sequence[Tensor], options: LossOptions, tensors: dic
     plan = make_plan(_call(teachers, options, choice, tensors))
     arguments = plan.constants | tensors | _numbers(len(teachers), options, choice, tensors)
     if len(plan.steps) > 1:
-        arguments |= _between_kernels(plan, len(teachers), tensors["row_loss"], tensors["student_margin"] is not None)
+        arguments |= _between_kernels(plan, len(teachers), tensors, options)
     n_rows = tensors["row_loss"].shape[0]
     for binary, own, rows, chunks in plan.steps:
         launches.append(binary.of(-(-n_rows // rows) * chunks, arguments | own))
@@ -111,12 +114,15 @@ def _call(teachers: Sequence[Tensor], options: LossOptions, choice: str, tensors
         None if grad is None else describe(grad),
         _type(tensors["teacher_table"]),
         _type(tensors["scales"]),
+        _type(tensors["exponents"]),
+        _type(tensors["places"]),
         _type(labels),
         _type(tensors["prior"]),
         _type(tensors["sample_weight"]),
         _type(tensors["divisor"]),
         options.weighting,
         choice,
+        options.divergence,
         options.ce_weight > 0 and labels is not None,
         tensors["student_margin"] is not None,
     )
@@ -129,6 +135,8 @@ def _type(argument: Tensor | None) -> torch.dtype | None:
 def _numbers(n_teachers: int, options: LossOptions, choice: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """The arguments that are numbers and may differ between calls of one plan."""
     prior, needs_teachers = tensors["prior"], options.kd_weight > 0 or tensors["student_margin"] is not None
+    beta = options.divergence_beta or 0.0
+    mixing = 1 - beta if options.divergence == "skew_reverse_kl" else beta
     return {
         "prior_stride_k": 0 if prior is None else prior.stride(0),
         "prior_stride_n": 0 if prior is None else prior.stride(1),
@@ -137,8 +145,10 @@ def _numbers(n_teachers: int, options: LossOptions, choice: str, tensors: dict[s
         "n_teachers": n_teachers if needs_teachers else 0,
         "ignore_index": options.ignore_index,
         "unlabeled_index": options.unlabeled_index,
-        "exponent": 1 / (options.temperature * math.log(2)),
+        "exponent": _exponent(options.temperature),
         "temperature": options.temperature,
+        "mixing": mixing,
+        "unmixing": 1 - mixing,
         # Unused by the other choices.
         "sharpness": 1 / options.weight_temperature if choice == "soft" else 1.0,
         "kd_weight": options.kd_weight,
@@ -147,15 +157,30 @@ def _numbers(n_teachers: int, options: LossOptions, choice: str, tensors: dict[s
     }
 
 
-def _between_kernels(plan: LaunchPlan, n_teachers: int, row_loss: Tensor, stats: bool) -> dict[str, Tensor | None]:
+def _exponent(temperature: float) -> float:
+    return 1 / (temperature * math.log(2))
+
+
+def _exponents(n_teachers: int, options: LossOptions, like: Tensor, launches: list[Launch]) -> Tensor | None:
+    """The exponent of each teacher; None if all are the student's."""
+    temperatures = options.teacher_temperatures(n_teachers)
+    if all(temperature == options.temperature for temperature in temperatures):
+        return None
+    return numbers([_exponent(temperature) for temperature in temperatures], like, launches)
+
+
+def _between_kernels(
+    plan: LaunchPlan, n_teachers: int, tensors: dict[str, Any], options: LossOptions
+) -> dict[str, Tensor | None]:
     """Memory for what the kernels of `device/stream.py` pass on."""
+    row_loss, stats = tensors["row_loss"], tensors["student_margin"] is not None
     n_rows, n_chunks = row_loss.shape[0], plan.steps[0].chunks
     pairs = STUDENT_CHUNK_PAIRS.value + n_teachers * TEACHER_CHUNK_PAIRS.value
     return {
         "fields": row_loss.new_empty((pairs, n_rows, n_chunks, 2)),
         "factors": row_loss.new_empty((STUDENT_PAIRS.value + n_teachers, n_rows, 2)),
-        # The maximum and 1 / sum of exponentials of each tensor.
-        "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if stats else None,
+        "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if plan.has(join_normalizers) else None,
+        "sums": row_loss.new_empty((n_teachers, n_rows, n_chunks, 2)) if sums_terms(options.divergence) else None,
         "distances": row_loss.new_empty((n_teachers, n_rows, n_chunks)) if stats else None,
     }
 
@@ -168,9 +193,10 @@ def _prior(teacher_prior: Tensor | None, teacher_mask: Tensor | None, n_teachers
     return prior if teacher_mask is None else prior.where(teacher_mask, 0)
 
 
-def _scales(row_max: Sequence[Tensor | None], step: Sequence[Tensor | None]) -> Tensor | None:
-    """row_max and step of all teachers, [2, K, N]; None without 8-bit teachers."""
+def _scales(row_max: Sequence[Tensor | None], step: Sequence[Tensor | None], n_rows: int) -> Tensor | None:
+    """row_max and step of all teachers, [2, K, N], of a teacher of fewer rows at the front; None without such ones."""
     given = next((t for t in row_max if t is not None), None)
     if given is None:
         return None
-    return torch.stack([given.new_zeros(given.shape) if t is None else t.float() for t in (*row_max, *step)])
+    scales = [given.new_zeros(n_rows, dtype=torch.float32) if t is None else t.float() for t in (*row_max, *step)]
+    return torch.stack([t if len(t) == n_rows else pad(t, (0, n_rows - len(t))) for t in scales])

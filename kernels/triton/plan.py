@@ -12,7 +12,7 @@ import triton
 
 from .binary import Binary
 from .config import KINDS, Config, Logits, choose_chunks, choose_config, choose_layout
-from .device.stream import chunk_distances, chunk_gradient, chunk_statistics, join_chunks, join_distances
+from .device.stream import chunk_divergences, chunk_gradient, chunk_statistics, join_chunks, join_normalizers
 from .device.tile import fused_tile
 from .teachers import KIND_NUMBERS, SLOTS
 
@@ -37,6 +37,8 @@ class Call(NamedTuple):
     table: torch.dtype | None
     """The types of the other arguments; None: not given."""
     scales: torch.dtype | None
+    exponents: torch.dtype | None
+    places: torch.dtype | None
     labels: torch.dtype | None
     prior: torch.dtype | None
     sample_weight: torch.dtype | None
@@ -44,6 +46,7 @@ class Call(NamedTuple):
     weighting: str
     choice: str
     """The softmax over teachers: "hard" for temperature 0, "flat" for infinity, otherwise "soft"."""
+    divergence: str
     ce: bool
     need_stats: bool
 
@@ -65,12 +68,21 @@ class LaunchPlan(NamedTuple):
     constants: dict[str, Any]
     steps: tuple[Step, ...]
 
+    def has(self, kernel: Any) -> bool:
+        """Whether one of the steps is `kernel`."""
+        return any(step.binary.kernel is kernel for step in self.steps)
+
+
+def sums_terms(divergence: str) -> bool:
+    """Whether the divergence of long rows does not follow from their statistics."""
+    return divergence not in ("forward_kl", "reverse_kl")
+
 
 @lru_cache(maxsize=1024)
 def make_plan(call: Call) -> LaunchPlan:
     """The plan of a call. Its binaries are compiled at their first launch and kept with the plan."""
     logits = [call.student, *call.teachers, *([call.grad] if call.grad else [])]
-    layout = choose_layout(call.n_classes, logits)
+    layout = choose_layout(call.n_classes, logits, routed=call.places is not None)
     dtypes = {t.dtype for t in call.teachers}
     teacher = KINDS[call.teachers[0].dtype] if len(dtypes) == 1 else "mixed"
     constants = _constants(call, teacher, layout.group)
@@ -81,15 +93,13 @@ def make_plan(call: Call) -> LaunchPlan:
     statistics, gradient = choose_chunks(layout, teacher, extras)
     n_chunks = triton.cdiv(call.n_classes + layout.slack, statistics.classes)
     union = Config(1, statistics.classes, 32, 255)
-    steps = [
-        _step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks),
-        _step(join_chunks, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
-    ]
-    if call.need_stats:
-        steps += [
-            _step(chunk_distances, statistics, 1, n_chunks, n_chunks=n_chunks),
-            _step(join_distances, union, 1, 1, n_chunks=n_chunks, CHUNKS=triton.next_power_of_2(n_chunks)),
-        ]
+    pieces = {"n_chunks": n_chunks, "CHUNKS": triton.next_power_of_2(n_chunks)}
+    steps = [_step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks)]
+    if call.need_stats or call.divergence != "forward_kl":
+        steps.append(_step(join_normalizers, union, 1, 1 + len(call.teachers), **pieces))
+    if call.need_stats or sums_terms(call.divergence):
+        steps.append(_step(chunk_divergences, statistics, 1, n_chunks, n_chunks=n_chunks))
+    steps.append(_step(join_chunks, union, 1, 1, **pieces))
     if call.grad is not None:
         n_chunks = triton.cdiv(call.n_classes + layout.slack, gradient.classes)
         steps.append(_step(chunk_gradient, gradient, 1, n_chunks, n_chunks=n_chunks))
@@ -114,6 +124,7 @@ def _constants(call: Call, teacher: str, group: int) -> dict[str, Any]:
         "TEACHER": teacher,
         "WEIGHTING": call.weighting,
         "CHOICE": call.choice,
+        "DIVERGENCE": call.divergence,
         "CE": call.ce,
         "GROUP": group,
         "TEACHERS": triton.next_power_of_2(len(call.teachers)),

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from amtss_fast._compat.triton import jit_without_specialization as kernel
 
+from .memory import load_tile
+
 
 @triton.jit
 def read_row_inputs(labels, sample_weight, rows, n_rows, n_classes, ignore_index, unlabeled_index):
@@ -24,13 +26,24 @@ def read_row_inputs(labels, sample_weight, rows, n_rows, n_classes, ignore_index
 
 
 @triton.jit
-def read_prior(priors, k, rows, counts):
+def read_prior(priors, k, rows, counts, n_rows):
     """The prior of teacher k; 0 where it does not teach the row."""
-    prior, stride_k, stride_n = priors
+    prior, stride_k, stride_n, places = priors
     alpha = counts.to(tl.float32)
     if prior is not None:
         alpha = tl.load(prior + k * stride_k + rows * stride_n, counts, other=0).to(tl.float32)
+    if places is not None:
+        place = tl.load(places + k * n_rows + rows, counts, other=-1)
+        alpha = tl.where(place < 0, 0.0, alpha)
     return tl.where(alpha > 0, alpha, 0.0)
+
+
+@triton.jit
+def read_exponent(exponents, k, exponent):
+    """What turns logits of teacher k into bits; `exponent`, the student's, unless there is one for each teacher."""
+    if exponents is not None:
+        exponent = tl.load(exponents + k)
+    return exponent
 
 
 @triton.jit
@@ -80,11 +93,26 @@ def locate_teacher(k, teachers):
 
 
 @triton.jit
-def find_teacher(k, teachers, scales, rows, wanted, n_rows, n_teachers):
-    """The source of the logits of teacher k, see `memory.load_tile`."""
-    row_max, step = read_scales(scales, k, rows, wanted, n_rows, n_teachers)
+def load_teacher(
+    k, teachers, scales, places, tile, counts, wanted, n_rows, n_classes, n_teachers,
+    KIND: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """:func:`memory.load_tile` of teacher k.
+
+    `places` [K, N]: where the logits of each row are in the teacher's tensor, -1 where they are not; None: all teachers
+    have all rows in order.
+    """
+    first, chunk, rows, columns, inside, size = tile
+    if places is not None:
+        # In Triton's interpreter, a comparison of float scalars gives a float.
+        rows = tl.load(places + k * n_rows + rows, counts.to(tl.int32) != 0, other=0)
+        rows = tl.maximum(rows, 0).to(tl.int64)
+        # Of several rows, which then are loaded one by one, the first has no meaning.
+        first = rows
+    row_max, step = read_scales(scales, k, rows, counts, n_rows, n_teachers)
     address, row_stride, class_stride, kind = locate_teacher(k, teachers)
-    return address, row_stride, class_stride, kind, row_max, step
+    source = (address, row_stride, class_stride, kind, row_max, step)
+    return load_tile(source, wanted, (first, chunk, rows, columns, inside, size), n_classes, KIND, GROUP)
 
 
 @kernel
@@ -94,3 +122,26 @@ def write_entry(table, k: tl.int32, beyond: tl.int64, row_stride: tl.int64, clas
     tl.store(table + 4 * k + 1, row_stride)
     tl.store(table + 4 * k + 2, class_stride)
     tl.store(table + 4 * k + 3, kind)
+
+
+@kernel
+def write_numbers(
+    out, n: tl.int32,
+    x0: tl.float32, x1: tl.float32, x2: tl.float32, x3: tl.float32,
+    x4: tl.float32, x5: tl.float32, x6: tl.float32, x7: tl.float32,
+):  # fmt: skip
+    """Writes the first `n` of eight numbers."""
+    at = tl.arange(0, 8)
+    low = tl.where(at < 2, tl.where(at == 0, x0, x1), tl.where(at == 2, x2, x3))
+    high = tl.where(at < 6, tl.where(at == 4, x4, x5), tl.where(at == 6, x6, x7))
+    tl.store(out + at, tl.where(at < 4, low, high), at < n)
+
+
+@kernel
+def write_places(rows, places, n_rows: tl.int64, n_own: tl.int64, BLOCK: tl.constexpr):
+    """Writes to places[row] where each of the `n_own` rows is in `rows`; None: all are there in order."""
+    own = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = own
+    if rows is not None:
+        row = tl.load(rows + own, own < n_own, other=-1)
+    tl.store(places + row, own.to(tl.int32), (own < n_own) & (row >= 0) & (row < n_rows))

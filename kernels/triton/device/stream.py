@@ -2,14 +2,16 @@
 
 Each program has one chunk of a row, so that few long rows keep a device as busy as many do. Each logit is read once for
 the loss and once for the gradient. Between the two passes, memory holds a few numbers per chunk and teacher, each
-relative to the largest logit of its chunk.
+relative to the largest logit of its chunk. What needs the normalizers of whole rows takes a pass in between: the stats,
+and all divergences but the forward and the reverse KL.
 """
 
 import triton
 import triton.language as tl
 from amtss_fast._compat.triton import jit_without_specialization as kernel
 
-from .inputs import find_teacher, read_prior, read_row_inputs
+from .divergences import compare
+from .inputs import load_teacher, read_exponent, read_prior, read_row_inputs
 from .loss import (
     cross_entropy,
     cross_entropy_gradient,
@@ -18,18 +20,20 @@ from .loss import (
     gradient_factor,
     weighted_loss,
 )
-from .margins import LN2, admit, distance_of, margin_label, margin_of, spread_of, stand_out
+from .margins import LN2, admit, margin_label, margin_of, spread_of, stand_out
 from .memory import columns_of, load_tile, place_tile, store_tile
 
 # The kernels pass on pairs of numbers, because a pair is loaded and stored as one number. The pairs of a chunk are
 # [N, chunks, 2] each. For the student: the maximum and sum exp2(b); the two logits of the margin (-inf if they are in
 # other chunks); for the cross entropy the label's logit and sum exp2(b tau), then sum b and the number of classes.
 STUDENT_CHUNK_PAIRS = tl.constexpr(4)
-# For each teacher: the maximum and sum exp2(a); the two logits of the margin; sum exp2(a) (a - b) and, for the stats,
-# the sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
+# For each teacher: the maximum and sum exp2(a); the two logits of the margin; the sum of :func:`relative_sum` and, for
+# the stats, the sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
 TEACHER_CHUNK_PAIRS = tl.constexpr(4)
 # The pairs of a row are [N, 2] each. For the student: the maximum and the factor of exp2(b); the factors of exp2(b tau)
-# and of the target. For each teacher: the maximum and the factor of exp2(a).
+# and of the target. For each teacher: the maximum and the factor of exp2(a). If the divergence is not the forward KL,
+# the first of the student is the sum of all slopes and the factor of the gradient, and of a teacher only its factor
+# is there.
 STUDENT_PAIRS = tl.constexpr(2)
 
 
@@ -51,14 +55,14 @@ def store_pair(pointer, a, b):
 @kernel
 def chunk_statistics(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, labels, prior, fields, student_margin,
+    scales, exponents, places, labels, prior, fields, student_margin,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64, exponent: tl.float32, temperature: tl.float32,
-    WEIGHTING: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
-    GROUP: tl.constexpr, CLASSES: tl.constexpr,
+    WEIGHTING: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     teachers = (
         (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
@@ -90,15 +94,20 @@ def chunk_statistics(
     out += STUDENT_CHUNK_PAIRS * plane
 
     for k in range(n_teachers):
-        alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
-        source = find_teacher(k, teachers, scales, row, counts, n_rows, n_teachers)
-        t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, row, counts, n_rows)
+        t, start = load_teacher(
+            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP
+        )
         top, own, rest = stand_out(t, start, compared)
-        a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent
+        a = (t - tl.where(top == float("-inf"), 0.0, top)) * read_exponent(exponents, k, exponent)
         e = tl.exp2(a)
         store_pair(out, top, tl.sum(e, 0))
         store_pair(out + plane, own, rest)
-        kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0)
+        kl = 0.0 * alpha
+        if DIVERGENCE == "forward_kl":
+            kl = relative_sum(e, a, b)
+        elif DIVERGENCE == "reverse_kl":
+            kl = relative_sum(tl.exp2(b), b, a)
         if student_margin is not None:
             count, mean, squares = spread_of(t, top)
             store_pair(out + 2 * plane, kl, squares)
@@ -106,6 +115,91 @@ def chunk_statistics(
         else:
             store_pair(out + 2 * plane, kl, 0.0 * alpha)
         out += TEACHER_CHUNK_PAIRS * plane
+
+
+@triton.jit
+def relative_sum(e, x, y):
+    """The sum of e (x - y) with e = exp2(x): 0 log 0 is 0, also where both are -inf."""
+    return tl.sum(tl.where(e > 0, e * (x - y), 0.0), 0)
+
+
+@triton.jit
+def join_relative_sums(totals, into, held, x, y):
+    """:func:`relative_sum` of a row from its chunks, relative to the largest logits of the row.
+
+    `totals`: sum e of each chunk; `x` and `y`: the largest logits of the chunks less those of the row.
+    """
+    sums, squares = load_pair(into, held)
+    e = tl.exp2(x)
+    part = e * totals
+    return tl.sum(tl.where(part > 0, e * sums + part * (x - y), 0.0), 0), squares
+
+
+@kernel
+def join_normalizers(
+    fields, normalizers, exponents, n_rows: tl.int64, n_teachers: tl.int32, n_chunks: tl.int32, exponent: tl.float32,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The maximum and 1 / the sum of exponentials of each row of the student and of the teachers, [1 + K, N, 2]."""
+    row = tl.program_id(0).to(tl.int64) // (1 + n_teachers)
+    k = tl.program_id(0) % (1 + n_teachers) - 1
+    pair = 0
+    if k >= 0:
+        exponent = read_exponent(exponents, k, exponent)
+        pair = STUDENT_CHUNK_PAIRS + k * TEACHER_CHUNK_PAIRS
+    chunks = tl.arange(0, CHUNKS)
+    held = chunks < n_chunks
+    tops, sums = load_pair(fields + 2 * ((pair * n_rows + row) * n_chunks + chunks), held)
+    tops = tl.where(held, tops, float("-inf"))
+    top = tl.max(tops, 0)
+    total = tl.sum(sums * tl.exp2((tops - top) * exponent), 0)
+    store_pair(normalizers + 2 * ((1 + k) * n_rows + row), top, 1 / total)
+
+
+@kernel
+def chunk_divergences(
+    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
+    scales, exponents, places, labels, prior, normalizers, sums, distances,
+    row_stride: tl.int64, class_stride: tl.int64,
+    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
+    prior_stride_k: tl.int64, prior_stride_n: tl.int64,
+    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
+    ignore_index: tl.int64, unlabeled_index: tl.int64,
+    exponent: tl.float32, mixing: tl.float32, unmixing: tl.float32,
+    DIVERGENCE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """The sums of the terms of D and of its slopes, pairs [K, N, chunks, 2]; for the stats sum |q - p|, [K, N, chunks].
+
+    Either may be None.
+    """
+    teachers = (
+        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
+        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
+    )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) // n_chunks
+    chunk = tl.program_id(0) % n_chunks
+    tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
+    counts, _, _, _ = read_row_inputs(labels, None, row, n_rows, n_classes, ignore_index, unlabeled_index)
+    top, inverse_s = load_pair(normalizers + 2 * row)
+    source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
+    s, _ = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
+    b = (s - top) * exponent
+    for k in range(n_teachers):
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, row, counts, n_rows)
+        top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
+        t, _ = load_teacher(
+            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP
+        )
+        a = (t - top) * read_exponent(exponents, k, exponent)
+        p = tl.exp2(a) * inverse
+        q = tl.exp2(b) * inverse_s
+        at = (k * n_rows + row) * n_chunks + chunk
+        if sums is not None:
+            log_ratio = tl.log2(inverse) - tl.log2(inverse_s)
+            term, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
+            store_pair(sums + 2 * at, tl.sum(term, 0), tl.sum(slope, 0))
+        if distances is not None:
+            tl.store(distances + at, tl.sum(tl.abs(q - p), 0))
 
 
 @triton.jit
@@ -123,14 +217,15 @@ def join_margins(pairs, held, tops, top, target):
 
 @kernel
 def join_chunks(
-    labels, prior, sample_weight, divisor, fields, factors, normalizers,
-    row_loss, weights, margins, kd, student_margin, teacher_scale,
+    labels, prior, exponents, places, sample_weight, divisor, fields, sums, distances, factors,
+    row_loss, weights, margins, kd, student_margin, teacher_scale, pull,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64,
     exponent: tl.float32, temperature: tl.float32, sharpness: tl.float32,
     kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
-    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
+    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
+    CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts, target, invalid, weight = read_row_inputs(
@@ -153,7 +248,6 @@ def join_chunks(
         own, rest = join_margins(into_s + plane, held, tops, top_s, compared)
         margin = margin_of(own, rest, top_s, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + row, tl.where(counts, margin, 0.0))
-        store_pair(normalizers + 2 * row, top_s, 1 / total_s)
 
     mass = 0.0
     best = float("-inf")
@@ -161,30 +255,40 @@ def join_chunks(
     ks = tl.arange(0, TEACHERS)
     shares = tl.zeros((TEACHERS,), tl.float32)
     totals = shares + 1
+    slopes = shares
+    apart = shares
     into = into_s + STUDENT_CHUNK_PAIRS * plane
     for k in range(n_teachers):
-        alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, row, counts)
-        tops, sums = load_pair(into, held)
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, row, counts, n_rows)
+        exponent_t = read_exponent(exponents, k, exponent)
+        tops, totals_t = load_pair(into, held)
         tops = tl.where(held, tops, float("-inf"))
         top = tl.max(tops, 0)
-        f = (tops - top) * exponent
-        e = tl.exp2(f)
-        part = e * sums
-        total = tl.sum(part, 0)
-        kls, squares = load_pair(into + 2 * plane, held)
-        kl = e * kls + part * (f - g)
-        kl = tl.sum(tl.where(part > 0, kl, 0.0), 0) / total
-        kl = divergence_of(kl, log_total_s, tl.log2(total))
+        f = (tops - top) * exponent_t
+        total = tl.sum(totals_t * tl.exp2(f), 0)
+        at = (k * n_rows + row) * n_chunks + chunks
+        if DIVERGENCE == "forward_kl":
+            kl, squares = join_relative_sums(totals_t, into + 2 * plane, held, f, g)
+            kl = divergence_of(kl / total, log_total_s, tl.log2(total))
+        elif DIVERGENCE == "reverse_kl":
+            kl, squares = join_relative_sums(totals_s, into + 2 * plane, held, g, f)
+            kl = divergence_of(kl / total_s, tl.log2(total), log_total_s)
+            slopes = tl.where(ks == k, kl, slopes)
+        else:
+            _, squares = load_pair(into + 2 * plane, held)
+            kls, tilts = load_pair(sums + 2 * at, held)
+            kl = tl.sum(kls, 0)
+            slopes = tl.where(ks == k, tl.sum(tilts, 0), slopes)
         own, rest = join_margins(into + plane, held, tops, top, compared)
-        margin = margin_of(own, rest, top, total, 1 / total, exponent, WEIGHTING)
+        margin = margin_of(own, rest, top, total, 1 / total, exponent_t, WEIGHTING)
         if weights is not None:
             means, sizes = load_pair(into + 3 * plane, held)
             means = tl.where(sizes > 0, means + (tops - top), 0.0)
             size = tl.maximum(tl.sum(sizes, 0), 1.0)
-            apart = means - tl.sum(sizes * means, 0) / size
-            scale = tl.sqrt(tl.sum(squares + sizes * apart * apart, 0) / size)
+            means -= tl.sum(sizes * means, 0) / size
+            scale = tl.sqrt(tl.sum(squares + sizes * means * means, 0) / size)
             tl.store(teacher_scale + k * n_rows + row, tl.where(alpha > 0, scale, 0.0))
-            store_pair(normalizers + 2 * ((1 + k) * n_rows + row), top, 1 / total)
+            apart = tl.where(ks == k, tl.sum(tl.load(distances + at, held, other=0), 0), apart)
         into += TEACHER_CHUNK_PAIRS * plane
 
         share, keep, best, mass, divergence = admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE)
@@ -199,17 +303,18 @@ def join_chunks(
     shares = tl.where(shares == 0, 0.0, shares * inverse)
     if weights is not None:
         tl.store(weights + ks * n_rows + row, shares, ks < n_teachers)
+        tl.store(pull + ks * n_rows + row, tl.where(shares == 0, 0.0, shares * apart), ks < n_teachers)
 
     loss = distillation_loss(divergence, inverse, kd_weight, temperature)
     alive = counts & (weight > 0)
     factor = tl.where(alive, gradient_factor(weight, invalid, divisor, n_rows, ignore_index), 0.0)
     if CE:
-        s_labels, sums = load_pair(into_s + 2 * plane, held)
+        s_labels, totals_ce = load_pair(into_s + 2 * plane, held)
         s_label = tl.max(tl.where(held & labeled, s_labels, float("-inf")), 0)
-        total = tl.sum(sums * tl.exp2(g * temperature), 0)
-        sums, sizes = load_pair(into_s + 3 * plane, held)
-        sums += sizes * g
-        mean = tl.sum(tl.where(sizes > 0, sums, 0.0), 0) / n_classes
+        total = tl.sum(totals_ce * tl.exp2(g * temperature), 0)
+        logits, sizes = load_pair(into_s + 3 * plane, held)
+        logits += sizes * g
+        mean = tl.sum(tl.where(sizes > 0, logits, 0.0), 0) / n_classes
         at_label = temperature * (s_label - top_s) * exponent
         ce = cross_entropy(total, at_label, temperature * mean, label_smoothing)
         loss += tl.where(labeled, ce_weight * LN2 * ce, 0.0)
@@ -220,67 +325,29 @@ def join_chunks(
 
     kd_factor = kd_weight * temperature * factor
     kd_factor = tl.where((mass == 0) & (invalid == 0), 0.0, kd_factor)
-    tl.store(factors + 2 * row, top_s)
-    # Student and teachers have the same order of operations: the gradient is exactly 0 where they are equal.
-    tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
-    shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares / totals * kd_factor))
+    if DIVERGENCE == "forward_kl":
+        tl.store(factors + 2 * row, top_s)
+        # Student and teachers have the same order of operations: the gradient is exactly 0 where they are equal.
+        tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
+        shares = shares / totals
+    else:
+        slope = tl.sum(tl.where(shares == 0, 0.0, shares * slopes), 0)
+        tl.store(factors + 2 * row, tl.where(kd_factor == 0, 0.0, slope * kd_factor))
+        tl.store(factors + 2 * row + 1, kd_factor)
+    shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares * kd_factor))
     tl.store(factors + 2 * ((STUDENT_PAIRS + ks) * n_rows + row) + 1, shares, ks < n_teachers)
-
-
-@kernel
-def chunk_distances(
-    student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, weights, normalizers, distances,
-    row_stride: tl.int64, class_stride: tl.int64,
-    teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
-    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32, exponent: tl.float32,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """For the stats: sum |q - p| of each chunk and teacher, [K, N, chunks]."""
-    teachers = (
-        (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
-        teacher_stack, teacher_row_stride, teacher_class_stride, teacher_kinds, teacher_table,
-    )  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) // n_chunks
-    chunk = tl.program_id(0) % n_chunks
-    tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
-    top, inverse_s = load_pair(normalizers + 2 * row)
-    source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
-    # A row that is dropped has weights of 0.
-    s, _ = load_tile(source, top == top, tile, n_classes, STUDENT, GROUP)
-    b = (s - top) * exponent
-    for k in range(n_teachers):
-        taught = tl.load(weights + k * n_rows + row) != 0
-        top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
-        source = find_teacher(k, teachers, scales, row, taught, n_rows, n_teachers)
-        t, _ = load_tile(source, taught, tile, n_classes, TEACHER, GROUP)
-        distance = distance_of(b, inverse_s, (t - top) * exponent, inverse)
-        tl.store(distances + (k * n_rows + row) * n_chunks + chunk, tl.where(taught, distance, 0.0))
-
-
-@kernel
-def join_distances(
-    distances, weights, pull, n_rows: tl.int64, n_teachers: tl.int32, n_chunks: tl.int32, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    chunks = tl.arange(0, CHUNKS)
-    for k in range(n_teachers):
-        at = k * n_rows + row
-        distance = tl.sum(tl.load(distances + at * n_chunks + chunks, chunks < n_chunks, other=0), 0)
-        weight = tl.load(weights + at)
-        tl.store(pull + at, tl.where(weight == 0, 0.0, weight * distance))
 
 
 @kernel
 def chunk_gradient(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, labels, factors, grad,
+    scales, exponents, places, labels, normalizers, factors, grad,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
-    exponent: tl.float32, temperature: tl.float32, label_smoothing: tl.float32,
-    CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
-    GROUP: tl.constexpr, CLASSES: tl.constexpr,
+    exponent: tl.float32, temperature: tl.float32, mixing: tl.float32, unmixing: tl.float32,
+    label_smoothing: tl.float32, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     teachers = (
         (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
@@ -290,6 +357,9 @@ def chunk_gradient(
     chunk = tl.program_id(0) % n_chunks
     tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
     top, kd_factor = load_pair(factors + 2 * row)
+    if DIVERGENCE != "forward_kl":
+        slope_factor = top
+        top, inverse_s = load_pair(normalizers + 2 * row)
     wanted = kd_factor != 0
     if CE:
         q_factor, ce_factor = load_pair(factors + 2 * (n_rows + row))
@@ -297,13 +367,28 @@ def chunk_gradient(
     source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
     s, start = load_tile(source, wanted, tile, n_classes, STUDENT, GROUP)
     b = (s - top) * exponent
-    g = tl.where(kd_factor == 0, 0.0, tl.exp2(b) * kd_factor)
+    if DIVERGENCE == "forward_kl":
+        g = tl.where(kd_factor == 0, 0.0, tl.exp2(b) * kd_factor)
+    else:
+        g = tl.where(kd_factor == 0, 0.0, -tl.exp2(b) * inverse_s * slope_factor)
     for k in range(n_teachers):
         top, factor = load_pair(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row))
-        source = find_teacher(k, teachers, scales, row, factor != 0, n_rows, n_teachers)
-        t, start = load_tile(source, factor != 0, tile, n_classes, TEACHER, GROUP)
-        e = tl.exp2((t - top) * exponent) * factor
-        g -= tl.where(factor == 0, 0.0, e)
+        taught = factor != 0
+        t, start = load_teacher(
+            k, teachers, scales, places, tile, taught, taught, n_rows, n_classes, n_teachers, TEACHER, GROUP
+        )
+        exponent_t = read_exponent(exponents, k, exponent)
+        if DIVERGENCE == "forward_kl":
+            e = tl.exp2((t - top) * exponent_t) * factor
+            g -= tl.where(factor == 0, 0.0, e)
+        else:
+            top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
+            a = (t - top) * exponent_t
+            log_ratio = tl.log2(inverse) - tl.log2(inverse_s)
+            p = tl.exp2(a) * inverse
+            q = tl.exp2(b) * inverse_s
+            _, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
+            g += tl.where(factor == 0, 0.0, slope * factor)
     if CE:
         label = tl.load(labels + row).to(tl.int32)
         g_ce = cross_entropy_gradient(

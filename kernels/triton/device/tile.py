@@ -1,14 +1,15 @@
 """Rows that fit on chip: each logit is loaded once, and one launch gives loss, gradient and statistics.
 
 A program holds ROWS rows of the student and of one teacher at a time. It keeps the mixture of the teachers'
-probabilities in registers during the softmax over the teachers. With few classes a tile has many rows; with up to some
-thousand classes it has one.
+probabilities (of their slopes, see `divergences.py`, if the divergence is not the forward KL) in registers during the
+softmax over the teachers. With few classes a tile has many rows; with up to some thousand classes it has one.
 """
 
 import triton.language as tl
 from amtss_fast._compat.triton import jit_without_specialization as kernel
 
-from .inputs import find_teacher, read_prior, read_row_inputs
+from .divergences import compare
+from .inputs import load_teacher, read_exponent, read_prior, read_row_inputs
 from .loss import (
     cross_entropy,
     cross_entropy_gradient,
@@ -24,16 +25,17 @@ from .memory import across, columns_of, load_tile, place_tile, store_tile
 @kernel
 def fused_tile(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, labels, prior, sample_weight, divisor,
+    scales, exponents, places, labels, prior, sample_weight, divisor,
     row_loss, grad, weights, margins, kd, student_margin, teacher_scale, pull,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, ignore_index: tl.int64, unlabeled_index: tl.int64,
     exponent: tl.float32, temperature: tl.float32, sharpness: tl.float32,
-    kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
-    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
+    mixing: tl.float32, unmixing: tl.float32, kd_weight: tl.float32, ce_weight: tl.float32, label_smoothing: tl.float32,
+    WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
     teachers = (
         (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
@@ -69,27 +71,42 @@ def fused_tile(
     shares = tl.zeros(ks.shape, tl.float32) * across(mass)
     distances = shares
     for k in range(n_teachers):
-        alpha = read_prior((prior, prior_stride_k, prior_stride_n), k, rows, counts)
-        source = find_teacher(k, teachers, scales, rows, counts, n_rows, n_teachers)
-        t, start = load_tile(source, alpha > 0, tile, n_classes, TEACHER, GROUP)
+        alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, rows, counts, n_rows)
+        t, start = load_teacher(
+            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP
+        )
+        exponent_t = read_exponent(exponents, k, exponent)
         top_t, own, rest = stand_out(t, start, compared)
-        a = (t - across(top_t)) * exponent
+        a = (t - across(top_t)) * exponent_t
         e = tl.exp2(a)
         total = tl.sum(e, 0)
         part = 1 / total
-        # 0 log 0 is 0, also where the student is -inf.
-        kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) * part
-        kl = divergence_of(kl, log_total_s, tl.log2(total))
-        margin = margin_of(own, rest, top_t, total, part, exponent, WEIGHTING)
+        if DIVERGENCE == "forward_kl":
+            # 0 log 0 is 0, also where the student is -inf.
+            kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) * part
+            kl = divergence_of(kl, log_total_s, tl.log2(total))
+        else:
+            p = e * across(part)
+            q = tl.exp2(b) * across(1 / total_s)
+            log_ratio = across(log_total_s - tl.log2(total))
+            term, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
+            kl = tl.sum(term, 0)
+        margin = margin_of(own, rest, top_t, total, part, exponent_t, WEIGHTING)
 
         share, keep, best, mass, divergence = admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE)
+        if DIVERGENCE == "forward_kl":
+            # That of the teachers' probabilities; their slopes are its negative.
+            slope = e
+            factor = share * part
+        else:
+            factor = share
         if ROWS > 1:
-            mixture = mixture * across(keep) + tl.where(across(share == 0), 0.0, e * across(share * part))
+            mixture = mixture * across(keep) + tl.where(across(share == 0), 0.0, slope * across(factor))
         else:
             if keep != 1:
                 mixture *= keep
             if share != 0:
-                mixture = tl.fma(e, tl.zeros(e.shape, tl.float32) + share * part, mixture)
+                mixture = tl.fma(slope, tl.zeros(e.shape, tl.float32) + factor, mixture)
         if weights is not None:
             shares = shares * across(keep) + tl.where(ks == k, across(share), 0.0)
             tl.store(margins + k * n_rows + rows, tl.where(alpha > 0, margin, 0.0), rows < n_rows)
@@ -130,7 +147,11 @@ def fused_tile(
 
     if grad is not None:
         taught = across((mass != 0) & (kd_weight > 0))
-        g = tl.exp2(b) * across(1 / total_s) - mixture * across(inverse)
+        if DIVERGENCE == "forward_kl":
+            g = tl.exp2(b) * across(1 / total_s) - mixture * across(inverse)
+        else:
+            mixture *= across(inverse)
+            g = mixture - tl.exp2(b) * across(1 / total_s) * across(tl.sum(mixture, 0))
         g = tl.where(taught, kd_weight * temperature * g, 0.0)
         if CE:
             g_ce = cross_entropy_gradient(
