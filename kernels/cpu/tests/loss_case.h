@@ -22,6 +22,7 @@ constexpr int64_t ignored = -100, unlabeled = -1;
 struct Logits {
     std::vector<uint8_t> memory;
     std::vector<float> row_max, step;
+    std::vector<int64_t> classes;  // [rows, listed], or none
     std::vector<double> value;  // [rows, classes]
     Matrix matrix;
 

@@ -81,6 +81,37 @@ void spread(Logits& logits, int64_t rows, int64_t classes, Draw& draw) {
     m.column_stride = column_stride;
 }
 
+// Makes the logits lists of some classes, in any order and with padding. All other classes then have none of the mass.
+void list(Logits& logits, int64_t rows, int64_t classes, Draw& draw) {
+    Matrix& m = logits.matrix;
+    const int64_t size = size_of(m.type), listed = draw.in(1, classes);
+    std::vector<uint8_t> memory(size_t(rows * listed * size));
+    const std::vector<double> given = std::move(logits.value);
+    const uint8_t* const data = logits.memory.data();
+    logits.value.assign(size_t(rows * classes), -inf);
+    for (int64_t n = 0; n < rows; n++) {
+        const int64_t first = draw.in(0, classes - 1), step = draw.one_in(2) ? 1 : classes - 1;
+        bool empty = true;
+        for (int64_t i = 0; i < listed; i++) {
+            const int64_t c = (first + i * step) % classes;
+            uint8_t* const at = memory.data() + (n * listed + i) * size;
+            const bool padding = given[n * classes + c] == -inf || (draw.one_in(4) && !(empty && i + 1 == listed));
+            const float none = -INFINITY;
+            const uint16_t narrow = m.type == Type::bf16 ? 0xff80 : 0xfc00;
+            if (padding && m.type == Type::f32) std::memcpy(at, &none, 4);
+            else if (padding) std::memcpy(at, &narrow, 2);
+            else std::memcpy(at, data + (n * m.row_stride + c * m.column_stride) * size, size);
+            empty = empty && padding;
+            logits.classes.push_back(padding ? draw.of<int64_t>({-1, INT64_MAX, c}) : c);
+            if (empty && i + 1 == listed) std::memset(at, 0, size), logits.classes.back() = c;
+            logits.value[n * classes + c] = decode(logits, at, n);
+        }
+    }
+    logits.memory = memory;
+    m.row_stride = m.listed = listed;
+    m.column_stride = 1;
+}
+
 struct Size {
     int64_t rows, classes, teachers;
 
@@ -129,6 +160,10 @@ struct Call {
         const float infinite = draw.of({0.0f, 0.0f, 0.0f, 0.2f}), shift = draw.of({0.0f, 0.0f, 1e3f, -1e3f});
         c = Case(rows, classes, teachers, o, types, 1, unsigned(draw.bits()), infinite, shift);
         for (Logits& logits : c.logits) spread(logits, rows, classes, draw);
+        // The reverse KL of such a teacher is infinite.
+        const bool lists = draw.one_in(6) && o.divergence != Divergence::reverse_kl;
+        for (int64_t j = 1; lists && j <= teachers; j++)
+            if (c.logits[j].matrix.type != Type::codes && draw.one_in(2)) list(c.logits[j], rows, classes, draw);
         if (draw.one_in(8)) c.labels.clear();
         if (draw.one_in(3)) c.mask.clear();
         if (draw.one_in(3)) c.sample_weight.clear();
@@ -150,6 +185,7 @@ struct Call {
             m.data = arrays.input(logits.memory, end());
             const bool scaled = m.type == Type::codes;
             m.row_max = scaled ? arrays.input(logits.row_max, end()) : nullptr;
+            m.classes = logits.classes.empty() ? nullptr : arrays.input(logits.classes, end());
             m.step = scaled ? arrays.input(logits.step, end()) : nullptr;
             m.temperature = &logits == &c.logits[0] ? c.options.temperature : c.options.teacher_temperature;
             return m;
@@ -309,6 +345,8 @@ void fuzz_loss(int64_t number, Arrays& arrays, Counts& counts) {
     if (noise) {
         for (Logits& logits : c.logits) {
             for (uint8_t& byte : logits.memory) byte = uint8_t(draw.bits());
+            // What was padding may be a number now; that classes are in range is checked before the kernel.
+            for (int64_t& x : logits.classes) x = x < 0 || x >= c.classes ? 0 : x;
             for (float& x : logits.row_max) x = from_bits(uint32_t(draw.bits()));
             for (float& x : logits.step) x = from_bits(uint32_t(draw.bits()));
         }
