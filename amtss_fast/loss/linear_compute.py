@@ -87,7 +87,7 @@ def compute(
 ) -> Outputs:
     """Loss, gradients of the student and stats; of `grad_loss` [N] times the loss where that is given."""
     student_hidden, device = inputs.student_hidden, inputs.student_hidden.device
-    n_rows, n_classes, n_teachers = len(student_hidden), len(inputs.student_weight), len(inputs.teacher_hidden)
+    n_rows, n_classes = len(student_hidden), len(inputs.student_weight)
     scratch = Scratch(device)
     student, teachers = _heads(inputs, scalings, scratch)
     call = _call(inputs, student, teachers)
@@ -99,19 +99,11 @@ def compute(
 
     kept = _kept_rows(inputs.labels, options.ignore_index)
     n_kept = n_rows if kept is None else len(kept)
-    if options.reduction == "mean" and inputs.num_items is None:
-        call = call._replace(num_items=torch.full((), max(1, n_kept), dtype=torch.float64, device=device))
-    if inputs.teacher_prior is not None:
-        call = call._replace(teacher_prior=inputs.teacher_prior.reshape(n_teachers, -1).expand(-1, n_rows))
     row_length = _row_length(inputs, options)
-    if inputs.labels is not None and row_length > n_classes:
-        call = call._replace(labels=_hide_padding(inputs.labels, n_classes, options))
+    call = _for_chunks(call, options, n_kept, row_length)
     if options.kd_weight == 0 and not need_stats:
         # Nobody looks at the teachers.
         teachers, call = [], call._replace(teacher_rows=[], teacher_indices=[], teacher_bucket=[])
-
-    def length(most_teachers: int) -> int:
-        return chunk_rows or default_chunk_rows(n_kept, n_classes, most_teachers, student.dtype.itemsize, device)
 
     # On an accelerator, finding out which rows a mask leaves would wait for the device.
     follows_masks = device.type == "cpu" and _takes_rows(chosen, call, options)
@@ -119,18 +111,16 @@ def compute(
         taught_rows(_entry(call.teacher_rows, k), _teaches(call, k) if follows_masks else None, kept, n_kept, n_rows)
         for k in range(len(teachers))
     ]
+
+    def length(most_teachers: int) -> int:
+        return chunk_rows or default_chunk_rows(n_kept, n_classes, most_teachers, student.dtype.itemsize, device)
+
     chunks = cut(kept, n_kept, taught, [teacher is not None for teacher in teachers], length)
     _reserve(chunks, teachers, row_length, scratch)
 
     outputs = new_outputs(inputs, options.reduction, needs, need_stats)
-    loss, grad_hidden, grad_weight, grad_bias, *stats = outputs
-    loss.zero_()
-    if kept is not None or n_kept == 0:
-        for output in (grad_hidden, *stats):
-            output.zero_()
-    if n_kept == 0:
-        grad_weight.zero_()
-        grad_bias.zero_()
+    loss, grads, stats = outputs[0], outputs[1:4], outputs[4:]
+    _clear(loss, grads, stats, n_kept, n_rows)
     for chunk in chunks:
         part = _part(call, chunk, row_length, student, teachers, scratch)
         chunk_loss, grad, chunk_stats = chosen.amtss_loss(part, options, need_grad=any(needs), need_stats=need_stats)
@@ -144,10 +134,21 @@ def compute(
             if grad_loss is not None:
                 grad *= grad_loss[chunk.pick].unsqueeze(-1)
             first = chunk is chunks[0]
-            student.add_gradients(chunk.pick, grad, part.student_logits, first, grad_hidden, grad_weight, grad_bias)
+            student.add_gradients(chunk.pick, grad, part.student_logits, first, *grads)
         # Freed before the next chunk has one.
         del grad
     return outputs
+
+
+def _clear(loss: Tensor, grads: Sequence[Tensor], stats: Sequence[Tensor], n_kept: int, n_rows: int) -> None:
+    """Makes 0 what the chunks add to or do not write."""
+    loss.zero_()
+    if n_kept < n_rows or n_kept == 0:
+        for output in (grads[0], *stats):
+            output.zero_()
+    if n_kept == 0:
+        for output in grads[1:]:
+            output.zero_()
 
 
 def _heads(inputs: LinearInputs, scalings: Scalings, scratch: Scratch) -> tuple[Head, list[Head | None]]:
@@ -193,6 +194,19 @@ def _call(inputs: LinearInputs, student: Head, teachers: Sequence[Head | None]) 
         inputs.sample_weight,
         inputs.num_items,
     )
+
+
+def _for_chunks(call: LossInputs, options: LossOptions, n_kept: int, row_length: int) -> LossInputs:
+    """The call with what a backend cannot learn from a chunk of `row_length` classes."""
+    n_rows, n_classes = call.student_logits.shape
+    num_items, prior, labels = call.num_items, call.teacher_prior, call.labels
+    if options.reduction == "mean" and num_items is None:
+        num_items = torch.full((), max(1, n_kept), dtype=torch.float64, device=call.student_logits.device)
+    if prior is not None:
+        prior = prior.reshape(len(call.teacher_logits), -1).expand(-1, n_rows)
+    if labels is not None and row_length > n_classes:
+        labels = _hide_padding(labels, n_classes, options)
+    return call._replace(num_items=num_items, teacher_prior=prior, labels=labels)
 
 
 def _row_length(inputs: LinearInputs, options: LossOptions) -> int:
