@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amtss_fast.loss.checks import check_teacher_values, check_values, values_are_free
 from amtss_fast.loss.chunks import Chunk, cut, taught_rows
-from amtss_fast.loss.contract import AMTSSStats, Backend, LossInputs, accumulation_dtype, empty_stats, gradient_dtype
+from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype, empty_stats, gradient_dtype
 from amtss_fast.loss.head import Head, Scaling, Scratch, default_chunk_rows, padded_classes
 from amtss_fast.loss.options import LossOptions
 from amtss_fast.loss.registry import choose_backend
@@ -105,11 +105,8 @@ def compute(
         # Nobody looks at the teachers.
         teachers, call = [], call._replace(teacher_rows=[], teacher_indices=[], teacher_bucket=[])
 
-    # On an accelerator, finding out which rows a mask leaves would wait for the device.
-    follows_masks = device.type == "cpu" and _takes_rows(chosen, call, options)
     taught = [
-        taught_rows(_entry(call.teacher_rows, k), _teaches(call, k) if follows_masks else None, kept, n_kept, n_rows)
-        for k in range(len(teachers))
+        taught_rows(_entry(call.teacher_rows, k), _teaches(call, k), kept, n_kept, n_rows) for k in range(len(teachers))
     ]
 
     def length(most_teachers: int) -> int:
@@ -239,18 +236,13 @@ def _entry(values: Sequence[Tensor | None], k: int) -> Tensor | None:
     return values[k] if values else None
 
 
-def _takes_rows(backend: Backend, call: LossInputs, options: LossOptions) -> bool:
-    """Whether a backend takes teachers with rows of their own; one that does not gets the logits of all rows."""
-    none = torch.empty(0, dtype=torch.int64)
-    return backend.why_not(call._replace(teacher_rows=[none] * len(call.teacher_logits)), options) is None
-
-
 def _teaches(call: LossInputs, k: int) -> Tensor | None:
-    """Whether teacher `k` teaches each row [N], by its mask and prior [K, N]; None: everywhere."""
+    """Whether teacher `k` teaches each row [N], by its mask and prior [K, N]; None: everywhere, or not known."""
     teaches = [] if call.teacher_mask is None else [call.teacher_mask[k]]
     if call.teacher_prior is not None:
         teaches.append(call.teacher_prior[k] > 0)
-    if not teaches:
+    # On an accelerator, finding out would wait for the device.
+    if not teaches or teaches[0].device.type != "cpu":
         return None
     both = torch.stack(teaches).all(0)
     return None if both.all() else both

@@ -823,7 +823,7 @@ def test_default_chunks_are_even_and_small(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_waits_for_the_device_once_and_only_for_labels(dtype: torch.dtype) -> None:
+def test_waits_for_the_device_once_for_labels_and_once_for_rows(dtype: torch.dtype) -> None:
     case = _to(make_linear_case(300, 700, dtype=dtype, extras=True, ce_weight=0.5, reduction="mean"), "cuda")
 
     def waits() -> int:
@@ -846,6 +846,9 @@ def test_waits_for_the_device_once_and_only_for_labels(dtype: torch.dtype) -> No
     assert waits() == 1
     case.labels = None
     assert waits() == 0
+    case = route(case)
+    waits()
+    assert waits() == 1
 
 
 # 8-bit heads, and wrong input.
