@@ -105,8 +105,9 @@ def load_teacher(
     first, chunk, rows, columns, inside, size = tile
     if places is not None:
         # In Triton's interpreter, a comparison of float scalars gives a float.
-        rows = tl.load(places + k * n_rows + rows, counts.to(tl.int32) != 0, other=0)
-        rows = tl.maximum(rows, 0).to(tl.int64)
+        place = tl.load(places + k * n_rows + rows, counts.to(tl.int32) != 0, other=-1)
+        wanted = (wanted.to(tl.int32) != 0) & (place >= 0)
+        rows = tl.maximum(place, 0).to(tl.int64)
         # Of several rows, which then are loaded one by one, the first has no meaning.
         first = rows
     row_max, step = read_scales(scales, k, rows, counts, n_rows, n_teachers)

@@ -329,11 +329,12 @@ def join_chunks(
         tl.store(factors + 2 * row, top_s)
         # Student and teachers have the same order of operations: the gradient is exactly 0 where they are equal.
         tl.store(factors + 2 * row + 1, tl.where(kd_factor == 0, 0.0, (1 / total_s) * kd_factor))
-        shares = shares / totals
+        shares = tl.where(shares == 0, 0.0, shares / totals)
     else:
         slope = tl.sum(tl.where(shares == 0, 0.0, shares * slopes), 0)
         tl.store(factors + 2 * row, tl.where(kd_factor == 0, 0.0, slope * kd_factor))
         tl.store(factors + 2 * row + 1, kd_factor)
+    # A factor of 0 stands for no teacher, also where the row is NaN.
     shares = tl.where(shares == 0, 0.0, tl.where(kd_factor == 0, 0.0, shares * kd_factor))
     tl.store(factors + 2 * ((STUDENT_PAIRS + ks) * n_rows + row) + 1, shares, ks < n_teachers)
 
