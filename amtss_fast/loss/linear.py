@@ -103,17 +103,8 @@ def linear_amtss_loss(
         RuntimeError: tensors on different devices, or a backend that is missing or cannot run them.
     """
     chosen = make_options(options)
-    _check_matrix("student_hidden", student_hidden, student_hidden)
-    _check_matrix("student_weight", student_weight, student_hidden)
-    (n_rows, width), n_classes, device = student_hidden.shape, len(student_weight), student_hidden.device
-    if student_weight.shape[1] != width:
-        raise ValueError(
-            f"student_weight has shape {list(student_weight.shape)}, student_hidden {list(student_hidden.shape)}: "
-            "both must have H columns"
-        )
-    if n_classes < 2:
-        raise ValueError(f"student_weight must have at least 2 classes, got C = {n_classes}")
-    _check_bias("student_bias", student_bias, n_classes, device)
+    _check_student(student_hidden, student_weight, student_bias)
+    n_rows, n_classes, device = len(student_hidden), len(student_weight), student_hidden.device
     teachers = _unpack(teacher_hidden, teacher_weight, teacher_bias)
     n_teachers = len(teachers.hidden)
     rows = unpack_teacher_rows(teacher_rows, n_teachers)
@@ -125,10 +116,7 @@ def linear_amtss_loss(
     )
     check_special_labels(chosen, n_classes)
     check_tails(chosen, n_teachers, teachers.bucket)
-    if chunk_rows is not None and not isinstance(chunk_rows, int):
-        raise TypeError(f"chunk_rows must be an integer or None, got {chunk_rows!r}")
-    if chunk_rows is not None and not 1 <= chunk_rows < 2**63:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    _check_chunk_rows(chunk_rows)
 
     scalings = Scalings(
         _positive("student_scale", student_scale, 1.0),
@@ -157,6 +145,26 @@ def linear_amtss_loss(
         inputs, chosen, scalings, chunk_rows=chunk_rows, need_stats=return_stats, backend=backend
     )
     return (loss, stats) if return_stats else loss
+
+
+def _check_student(hidden: Any, weight: Any, bias: Any) -> None:
+    _check_matrix("student_hidden", hidden, hidden)
+    _check_matrix("student_weight", weight, hidden)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"student_weight has shape {list(weight.shape)}, student_hidden {list(hidden.shape)}: "
+            "both must have H columns"
+        )
+    if len(weight) < 2:
+        raise ValueError(f"student_weight must have at least 2 classes, got C = {len(weight)}")
+    _check_bias("student_bias", bias, len(weight), hidden.device)
+
+
+def _check_chunk_rows(chunk_rows: Any) -> None:
+    if chunk_rows is not None and not isinstance(chunk_rows, int):
+        raise TypeError(f"chunk_rows must be an integer or None, got {chunk_rows!r}")
+    if chunk_rows is not None and not 1 <= chunk_rows < 2**63:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
 
 class _Teachers(NamedTuple):
