@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import TEMPERATURE, default_device, machine, peak_memory, plain, time_interleaved
+from cases import TEMPERATURE, default_device, distance, machine, peak_memory, plain, time_interleaved
 from torch import Tensor
 
 from amtss_fast import linear_amtss_loss
@@ -162,11 +162,6 @@ def in_float32(inputs: Inputs) -> list[Tensor]:
     assert hidden.grad is not None
     assert weight.grad is not None
     return [total, hidden.grad, weight.grad]
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference by norm."""
-    return float((got.float() - want).norm() / want.norm())
 
 
 def check_agreement(losses: dict[str, Loss], inputs: Inputs) -> dict[str, float]:

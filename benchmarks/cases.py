@@ -88,7 +88,29 @@ def native(student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> Tenso
     return loss
 
 
-def plain(student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> Tensor:
+def plain_divergence(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+    """D(p, q) of each row as one would write it in torch, in its fast form: mixtures are of probabilities."""
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl_to_mixture(log_a: Tensor, share: float) -> Tensor:
+        return (log_a.exp() * (log_a - (share * p + (1 - share) * q).log())).sum(-1)
+
+    if divergence == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if divergence == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    if divergence == "jsd":
+        return beta * kl_to_mixture(log_p, beta) + (1 - beta) * kl_to_mixture(log_q, beta)
+    if divergence == "skew_forward_kl":
+        return kl_to_mixture(log_p, beta)
+    if divergence == "skew_reverse_kl":
+        return kl_to_mixture(log_q, 1 - beta)
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def plain(
+    student: Tensor, teachers: Sequence[Tensor], labels: Tensor, divergence: str = "forward_kl", beta: float = 0.5
+) -> Tensor:
     """The same formula as one would write it in torch."""
     log_q = (student.float() / TEMPERATURE).log_softmax(-1)
     label = labels.unsqueeze(-1)
@@ -97,7 +119,7 @@ def plain(student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> Tensor
         log_p = (teacher.float() / TEMPERATURE).log_softmax(-1)
         p = log_p.exp()
         margins.append(p.gather(-1, label).squeeze(-1) - p.scatter(-1, label, -1.0).amax(-1))
-        divergences.append((p * (log_p - log_q)).sum(-1))
+        divergences.append(plain_divergence(log_p, log_q, divergence, beta))
     weights = torch.stack(margins).softmax(0)
     return TEMPERATURE**2 * (weights * torch.stack(divergences)).sum(0).mean()
 
@@ -129,6 +151,11 @@ def step(loss_fn: Loss, student: Tensor, teachers: Sequence[Tensor], labels: Ten
     loss = loss_fn(student, teachers, labels)
     loss.backward()
     return loss.detach()
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference by norm."""
+    return float((got.float() - want).norm() / want.norm())
 
 
 def check_agreement(losses: dict[str, Loss], student: Tensor, teachers: Sequence[Tensor], labels: Tensor) -> None:

@@ -10,6 +10,9 @@
 
 namespace {
 
+// Stands for the student's logits of -inf, so that those of a teacher differ from them by a number or -inf.
+constexpr float lowest = -3e38f;
+
 // Probabilities of a block: kept exponentials, or those of its logits, times a factor.
 struct Probabilities {
     const float* kept;  // null: computed from the logits
@@ -93,7 +96,7 @@ void Worker::compare_row(int lane) {
         const float top = origin_of(*this, lane, 0), inverse = soft[0].inverse;
         sweep(count, [&](int64_t i, auto part) {
             store(fresh + i, student_q(i, part), part);
-            store(student + i, (load(s + i, part, -infinity) - top) * inverse, part);
+            store(student + i, max(set(lowest), (load(s + i, part, -infinity) - top) * inverse), part);
         });
         bool empty = true;
         for (int64_t j = 1; j < layout.tensors; j++) {
@@ -110,7 +113,7 @@ void Worker::compare_row(int lane) {
                 sweep_pairs(even, odd, count, [&](vf& total, int64_t i, auto part) {
                     // Both products are rounded alike: equal logits differ by 0.
                     const vf a = (load(t + i, part, -infinity) - top) * inverse;
-                    const vf d = a - load(student + i, part, -infinity) + shift;
+                    const vf d = a - load(student + i, part, lowest) + shift;
                     const auto c = contrast<kind.value>(teacher_p(i, part), load(fresh + i, part, 0), d, mixing);
                     total += c.term;
                     const vf sum = first ? vf{} : load(to + i, part, 0);
@@ -142,7 +145,8 @@ void Worker::compare_columns(int g) {
         vf total = none;
         with_comparison(p.divergence, [&](auto kind) {
             for (int64_t i = g * W; i < size; i += lanes) {
-                const vf d = load(teacher_a + (j - 1) * size + i) * inverse - load(student_a + i) * inverse_s + shift;
+                const vf b = max(set(lowest), load(student_a + i) * inverse_s);
+                const vf d = load(teacher_a + (j - 1) * size + i) * inverse - b + shift;
                 const vf probability = load(kept + j * size + i) * inverse_z, q = load(kept + i) * inverse_zs;
                 const auto c = contrast<kind.value>(probability, q, d, mixing);
                 total += c.term;

@@ -8,10 +8,25 @@ namespace {
 
 using namespace amtss;
 
+// The same operations on vectors of float and on a double.
 inline vf all(vf, float x) { return set(x); }
 inline double all(double, float x) { return x; }
 inline double fma(double a, double b, double c) { return a * b + c; }
-inline double log(double x) { return __builtin_log(x); }
+inline double max(double bound, double x) { return x < bound ? bound : x; }
+inline vf less_size(vf x) { return (vf)((vi)x | int32_t(0x80000000)); }  // -|x|
+inline double less_size(double x) { return -__builtin_fabs(x); }
+
+// log(a / b) of normal numbers; 0 where they are equal.
+inline vf log_quotient(vf a, vf b) {
+    // a = 2^n m with m / b in (2/3, 3/2); log(m / b) = 2 atanh((m - b) / (m + b)). The bits of a number are nearly its
+    // logarithm.
+    const vi n = ((vi)a - (vi)b + (1 << 22)) >> 23;
+    const vf m = (vf)((vi)a - (n << 23)), s = (m - b) / (m + b), z = s * s, twice = s + s;
+    const vf p = z * fma(z, fma(z, set(0x1.36e466p-3f), set(0x1.992b0ap-3f)), set(0x1.5555b4p-2f));
+    const vf whole = __builtin_convertvector(n, vf);
+    return fma(whole, set(0x1.62e4p-1f), fma(whole, set(0x1.7f7d1cp-20f), fma(twice, p, twice)));
+}
+inline double log_quotient(double a, double b) { return __builtin_log(a / b); }
 
 // Of one class: what it adds to D(p, q), and the slope q dD/dq. The gradient of D with respect to a scaled logit is the
 // slope less q times the sum of all slopes, so that slopes may differ from these by a constant times q.
@@ -30,8 +45,8 @@ struct Mixing {
     }
 };
 
-// `p`, `q`: probabilities of teacher and student. `d`: log p - log q, from the logits. Where p = q and d = 0, term and
-// slope are exactly 0. Terms of a probability 0 are 0, and NaN stays NaN.
+// `p`, `q`: probabilities of teacher and student. `d`: log p - log q, from the logits; any number or -inf where both
+// are 0. Where p = q and d = 0, term and slope are exactly 0. Terms of a probability 0 are 0, and NaN stays NaN.
 template <Divergence divergence, class V>
 inline Contrast<V> contrast(V p, V q, V d, const Mixing& mixing) {
     const V none = {};
@@ -45,18 +60,17 @@ inline Contrast<V> contrast(V p, V q, V d, const Mixing& mixing) {
         const V difference = q - p, half = 0.5f * q;
         return {0.5f * (difference < 0 ? -difference : difference), difference > 0 ? half : difference < 0 ? -half : difference};
     }
-    // m = max(p, q) x with x between the two shares of the mixture, and exactly 1 where p = q.
+    // m = large + share (small - large) is exactly p where p = q, also where both are too small for their logarithm.
     const auto below = p <= q;
-    const V large = below ? q : p, small = below ? p : q, quotient = small / large;
-    const V ratio = large == 0 ? none : quotient;
-    const V x = fma(below ? number(mixing.p) : number(mixing.q), ratio, below ? number(mixing.q) : number(mixing.p));
-    const V log_x = log(x);
-    const V beyond = small != 0 ? (d < 0 ? d : -d) * small : none;  // small log(small / large)
-    const V p_term = (below ? beyond : none) - p * log_x;           // p log(p / m)
-    const V q_term = (below ? none : beyond) - q * log_x;           // q log(q / m)
-    if constexpr (divergence == Divergence::jsd)
-        return {fma(number(mixing.beta), p_term, mixing.rest * q_term), mixing.rest * q_term};
-    const V tilt = (p - q) * ((below ? number(1) : ratio) / x);  // (p - q) q / m
+    const V small = below ? p : q, larger = below ? q : p, large = max(number(0x1p-126f), larger);
+    const V share = below ? number(mixing.p) : number(mixing.q);
+    const V m = fma(share, small - larger, large), log_x = log_quotient(m, large);
+    // small log(small / large); where small is 0, whatever the logits say.
+    const V beyond = max(number(-200), less_size(d)) * small;
+    const V p_term = (below ? beyond : none) - p * log_x;  // p log(p / m)
+    const V q_term = (below ? none : beyond) - q * log_x;  // q log(q / m)
+    if constexpr (divergence == Divergence::jsd) return {share * beyond - m * log_x, mixing.rest * q_term};
+    const V tilt = (p - q) * (q / m);
     if constexpr (divergence == Divergence::skew_forward_kl) return {p_term, -(mixing.rest * mixing.rest) * tilt};
     return {q_term, fma(number(mixing.beta * mixing.rest), tilt, q_term)};
 }

@@ -151,7 +151,8 @@ void Worker::compare_list(int64_t j, int lane) {
             const double log_p = l.logprob[i] * inverse_t - log_mass, log_q = (l.slope[i] - origin) * inverse_s - log_z;
             l.slope[i] = float(factor * take(__builtin_exp(log_p), __builtin_exp(log_q), log_p - log_q));
         }
-        if (has_rest) rest_slope = take(rest_p, rest_q, __builtin_log(rest_p) - (log_rest - log_z));
+        const bool nothing = rest_p == 0 && rest_q == 0;
+        if (has_rest) rest_slope = take(rest_p, rest_q, nothing ? 0 : __builtin_log(rest_p) - (log_rest - log_z));
     });
     t.inverse_z[lane] = 1;
     t.shift[lane] = 0;

@@ -81,6 +81,8 @@ void Worker::measure_row(int lane) {
                     float* const e = exponentials(j, origin);
                     const Ahead next = ahead(j, n, end);
                     using Of = decltype(best);
+                    // Other divergences follow from the logits once the normalisers are known.
+                    if (p.compares()) return exp_block<Of, false>(x, nullptr, e, count, origin, exponent, next);
                     const Sums sums = divergence_block<false, Of>(x, student, e, count, origin, ratio, exponent, next);
                     if (sums.d == sums.d) return sums;
                     return divergence_block<true, Of>(x, student, e, count, origin, ratio, exponent, next);

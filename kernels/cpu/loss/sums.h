@@ -102,8 +102,8 @@ inline Sums add_up(const Lanes<Maxima>& even, const Lanes<Maxima>& odd) {
 }
 
 // For the student, and for the cross entropy: a = x - origin, y = e^(a / tau), z = sum y. If the origin is 0, `a` may
-// be the memory of x.
-template <class Maxima, class T>
+// be the memory of x; if it is null, nothing is written to it.
+template <class Maxima, bool has_a = true, class T>
 [[gnu::flatten]] inline Sums exp_block(Row<T> x, float* a, float* y, int64_t n, float origin, Exponent e, Ahead ahead) {
     Lanes<Maxima> even, odd;
     sweep_pairs(even, odd, n, [&](Lanes<Maxima>& sums, int64_t i, auto part) {
@@ -112,7 +112,7 @@ template <class Maxima, class T>
         const vf v = exp(shifted, e);
         sums.z += v;
         sums.best.take(logit);
-        store(a + i, shifted, part);
+        if (has_a) store(a + i, shifted, part);
         store(y + i, v, part);
     });
     return add_up(even, odd);
