@@ -33,6 +33,7 @@ from amtss_fast.loss.backends.triton import config, launch
 from amtss_fast.loss.backends.triton.binary import Launch
 from amtss_fast.loss.backends.triton.device import memory
 from amtss_fast.loss.contract import LossInputs
+from amtss_fast.loss.options import DIVERGENCES, Divergence
 
 
 class Chip(NamedTuple):
@@ -65,6 +66,8 @@ TYPES = [
 ]
 CLASSES = [2, 3, 8, 15, 32, 64, 100, 256, 500, 1024, 2000, 4000, 5000, 8000, 250_002]
 CLASSES_OF_OTHER_TYPES = [3, 100, 256, 1024, 5000, 250_002]
+# One of each kind of tiles and chunks, for divergences other than the forward KL.
+CLASSES_OF_DIVERGENCES = [3, 15, 32, 100, 256, 1024, 250_002]
 # Ways to call the loss, see `launches`.
 CALLS = ["loss", "all", "strided", "mixed"]
 
@@ -85,6 +88,7 @@ class Static(NamedTuple):
     config: str
     call: str
     """See `launches`."""
+    divergence: str
     target: str
     registers: int
     spill_bytes: int
@@ -118,7 +122,13 @@ def loss_inputs(
     return LossInputs(student, teachers, row_max, step, **(nothing | lists | given))
 
 
-def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: str = "all") -> list[Launch]:
+def launches(
+    n_classes: int,
+    student: torch.dtype,
+    teacher: torch.dtype,
+    call: str = "all",
+    divergence: Divergence = "forward_kl",
+) -> list[Launch]:
     """What the library would launch.
 
     `call`: "loss" and its gradient, without labels and weights; "all" options and outputs at once; "strided": the same
@@ -141,7 +151,7 @@ def launches(n_classes: int, student: torch.dtype, teacher: torch.dtype, call: s
         rest["sample_weight"] = rows
     planned: list[Launch]
     inputs = loss_inputs(logits[0], logits[1:], scales, scales, **rest)
-    options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1)
+    options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1, divergence=divergence)
     planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
     # Without the kernels that write the table of teachers and sum over the rows.
     return [p for p in planned if "n_classes" in p.arguments]
@@ -193,6 +203,7 @@ def examine(planned: Launch, target: str, call: str) -> Static:
         planned.binary.kernel.fn.__name__,
         f"{cut}, {planned.binary.threads} threads",
         call,
+        arguments.get("DIVERGENCE", "any"),
         target,
         registers,
         spilled,
@@ -283,6 +294,11 @@ def survey(targets: list[str]) -> Iterator[Static]:
                 for planned in launches(n_classes, student, teacher, call):
                     for target in targets:
                         yield examine(planned, target, call)
+    for divergence in DIVERGENCES[1:]:
+        for n_classes in CLASSES_OF_DIVERGENCES:
+            for planned in launches(n_classes, *TYPES[0], "all", divergence):
+                for target in targets:
+                    yield examine(planned, target, "all")
 
 
 def _bytes(x: float | None) -> str:
@@ -299,13 +315,13 @@ def main() -> None:
     if unknown := set(targets) - set(CHIPS):
         parser.error(f"--targets must be among {list(CHIPS)}, got {sorted(unknown)}")
     columns = ("registers", "spilled", "shared", "fits", "load bits", "read/logit", "written", "occupancy")
-    print(f"{'kernel':17}{'configuration':42}{'call':8}{'target':7}", *(f"{c:>10}" for c in columns))
+    print(f"{'kernel':17}{'configuration':42}{'call':8}{'divergence':17}{'target':7}", *(f"{c:>10}" for c in columns))
     results = []
     for s in survey(targets):
         results.append(s)
         figures = (s.registers, s.spill_bytes, s.shared_bytes, "yes" if s.fits_shared else "NO", s.load_bits)
         print(
-            f"{s.kernel:17}{s.config:42}{s.call:8}{s.target:7}", *(f"{x:>10}" for x in figures),
+            f"{s.kernel:17}{s.config:42}{s.call:8}{s.divergence:17}{s.target:7}", *(f"{x:>10}" for x in figures),
             f"{_bytes(s.read_bytes_per_logit)} {_bytes(s.written_bytes_per_logit)} {s.occupancy:10.0%}", flush=True,
         )  # fmt: skip
 

@@ -56,52 +56,66 @@ class Layout(NamedTuple):
     """How many elements before a row its tile may begin."""
 
 
-def choose_config(n_classes: int, layout: Layout, teacher: str, extras: bool = False) -> Config | None:
+def choose_config(
+    n_classes: int, layout: Layout, teacher: str, extras: bool = False, divergence: str = "forward_kl"
+) -> Config | None:
     """The default configuration for rows of `n_classes` that fit on chip; None: rows are divided into chunks.
 
     `teacher`: a type among `KINDS`, or "mixed". `extras`: whether stats or the cross entropy are computed too.
 
     A thread has up to 16 logits of a tile (32 of the longest), and the fewest registers without spilling: the more
-    programs a multiprocessor holds, the better they hide the latency of memory.
+    programs a multiprocessor holds, the better they hide the latency of memory. Divergences other than the forward KL
+    hold more values of each logit.
     """
     classes = triton.next_power_of_2(n_classes)
     # A 64-bit offset for each element, or code for several types, needs registers.
     laborious = layout.group == 0 or teacher == "mixed"
+    forward = divergence == "forward_kl"
 
-    def registers(plain: int, extra: int, most: int) -> int:
+    def registers(plain: int, extra: int, most: int, other: int) -> int:
+        """`other`: for the other divergences."""
+        if not forward:
+            return 255 if laborious else other
         return most if laborious else extra if extras or teacher == "uint8" else plain
 
     if classes <= FEW_CLASSES:
         if classes <= 4:
-            return Config(64, classes, 64, registers(64, 96, 128))
+            return Config(64, classes, 64, registers(64, 96, 128, 112))
         if classes <= 16:
             # One row per thread: otherwise several threads read a label, which is as large as two logits.
-            return Config(64, classes, 64, registers(96, 128, 255))
+            return Config(64 if forward else 32, classes, 64, registers(96, 128, 255, 168))
         if classes == 32:
-            return Config(8, classes, 32, registers(88, 128, 168))
-        return Config(TILE // classes, classes, 64, registers(80, 112, 144))
+            return Config(8, classes, 32, registers(88, 128, 168, 168))
+        return Config(TILE // classes, classes, 64, registers(80, 112, 144, 168))
     classes = triton.next_power_of_2(n_classes + layout.slack)
     if classes <= 256:
-        return Config(1, classes, 32, registers(64, 80, 96))
+        return Config(1, classes, 32, registers(64, 80, 96, 112))
     if classes <= 4096:
-        return Config(1, classes, classes // 16, registers(80, 128, 144))
+        return Config(1, classes, classes // 16, registers(80, 128, 144, 176))
     # Reading rows twice is faster than such a tile in half precision, and where a row fills little of the tile.
-    if classes == LONGEST and n_classes > 3 * LONGEST // 4 and teacher == "float32" and not laborious:
+    if classes == LONGEST and n_classes > 3 * LONGEST // 4 and teacher == "float32" and forward and not laborious:
         return Config(1, classes, classes // 32, 255)
     return None
 
 
-def choose_chunks(layout: Layout, teacher: str, extras: bool = False) -> tuple[Config, Config]:
+def choose_chunks(
+    layout: Layout, teacher: str, extras: bool = False, divergence: str = "forward_kl"
+) -> tuple[Config, Config]:
     """The configurations for the statistics and for the gradient of longer rows; arguments as in `choose_config`.
 
     The statistics are mostly sums, and a program of a single warp need not exchange them between warps.
     """
     if layout.group == 0 or teacher == "mixed":
         return Config(1, 1024, 32, 255), Config(1, 2048, 128, 168)
-    return Config(1, 1024, 32, 152 if extras else 128), Config(1, 2048, 128, 96 if extras else 64)
+    gradient = 96 if extras else 64
+    if divergence != "forward_kl":
+        gradient = 112
+    return Config(1, 1024, 32, 152 if extras else 128), Config(1, 2048, 128, gradient)
 
 
-def choose_layout(n_classes: int, tensors: Sequence[Tensor | Logits], routed: bool = False) -> Layout:
+def choose_layout(
+    n_classes: int, tensors: Sequence[Tensor | Logits], routed: bool = False, divergence: str = "forward_kl"
+) -> Layout:
     """The fastest layout that all of `tensors` [N, C] allow; `routed`: a row may have another place in each of them."""
     several = n_classes <= FEW_CLASSES
     if (several and routed) or any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
@@ -121,7 +135,7 @@ def choose_layout(n_classes: int, tensors: Sequence[Tensor | Logits], routed: bo
         return Layout(1, 0)
     if several:
         # Every tile begins at a group if the first one does and the rows of a tile fill groups.
-        config = choose_config(n_classes, Layout(group, 0), "float32")
+        config = choose_config(n_classes, Layout(group, 0), "float32", divergence=divergence)
         assert config is not None
         rows, classes, *_ = config
         slack = group - 1 if offset or rows * n_classes % group else 0

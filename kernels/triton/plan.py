@@ -82,15 +82,15 @@ def sums_terms(divergence: str) -> bool:
 def make_plan(call: Call) -> LaunchPlan:
     """The plan of a call. Its binaries are compiled at their first launch and kept with the plan."""
     logits = [call.student, *call.teachers, *([call.grad] if call.grad else [])]
-    layout = choose_layout(call.n_classes, logits, routed=call.places is not None)
+    layout = choose_layout(call.n_classes, logits, call.places is not None, call.divergence)
     dtypes = {t.dtype for t in call.teachers}
     teacher = KINDS[call.teachers[0].dtype] if len(dtypes) == 1 else "mixed"
     constants = _constants(call, teacher, layout.group)
     extras = call.ce or call.need_stats
-    config = choose_config(call.n_classes, layout, teacher, extras)
+    config = choose_config(call.n_classes, layout, teacher, extras, call.divergence)
     if config is not None:
         return LaunchPlan(constants, (_step(fused_tile, config, config.rows, 1),))
-    statistics, gradient = choose_chunks(layout, teacher, extras)
+    statistics, gradient = choose_chunks(layout, teacher, extras, call.divergence)
     n_chunks = triton.cdiv(call.n_classes + layout.slack, statistics.classes)
     union = Config(1, statistics.classes, 32, 255)
     pieces = {"n_chunks": n_chunks, "CHUNKS": triton.next_power_of_2(n_chunks)}

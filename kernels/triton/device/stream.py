@@ -275,7 +275,7 @@ def join_chunks(
             kl = divergence_of(kl / total_s, tl.log2(total), log_total_s)
             slopes = tl.where(ks == k, kl, slopes)
         else:
-            _, squares = load_pair(into + 2 * plane, held)
+            kls, squares = load_pair(into + 2 * plane, held)
             kls, tilts = load_pair(sums + 2 * at, held)
             kl = tl.sum(kls, 0)
             slopes = tl.where(ks == k, tl.sum(tilts, 0), slopes)

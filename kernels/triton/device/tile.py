@@ -111,7 +111,7 @@ def fused_tile(
             shares = shares * across(keep) + tl.where(ks == k, across(share), 0.0)
             tl.store(margins + k * n_rows + rows, tl.where(alpha > 0, margin, 0.0), rows < n_rows)
             tl.store(kd + k * n_rows + rows, tl.where(alpha > 0, kl, 0.0), rows < n_rows)
-            count, _, squares = spread_of(t, top_t)
+            count, _mean, squares = spread_of(t, top_t)
             scale = tl.sqrt(squares / tl.maximum(count, 1.0))
             tl.store(teacher_scale + k * n_rows + rows, tl.where(alpha > 0, scale, 0.0), rows < n_rows)
             distances = tl.where(ks == k, across(distance_of(b, 1 / total_s, a, part)), distances)
