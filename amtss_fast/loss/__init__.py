@@ -1,8 +1,9 @@
 """The loss by itself: it needs torch and numpy, nothing else.
 
 `api` and `linear` hold the public functions, `options` every option once, `contract` what a backend gets and gives,
-`backends` the backends, `registry` the choice among them, `ops` and `linear_ops` the operators, `logits` 8-bit logits
-and heads and top-k lists, `adaptive` the weights of teachers and languages over a training.
+`backends` the backends, `registry` the choice among them, `ops` and `linear_ops` the operators, `linear_compute`,
+`head` and `chunks` the loss through heads, `logits` 8-bit logits and heads and top-k lists, `adaptive` the weights of
+teachers and languages over a training.
 """
 
 from amtss_fast.loss.adaptive import AdaptiveStrategy

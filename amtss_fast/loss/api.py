@@ -123,7 +123,7 @@ def amtss_loss(
         "student_logits", labels, teacher_prior, teacher_mask, sample_weight, n_rows, len(teachers), device
     )
     check_special_labels(chosen, n_classes)
-    check_tails(chosen, len(teachers), bucket)
+    check_tails("teacher_logits", chosen, len(teachers), bucket)
     inputs = LossInputs(
         student_logits,
         teachers,

@@ -101,14 +101,17 @@ def check_top_k(name: str, teacher: TopKLogprobs) -> None:
         raise ValueError(f"{name}.tail must be one of {TAILS}, got {tail!r}")
 
 
-def check_tails(options: LossOptions, n_teachers: int, bucket: Sequence[bool]) -> None:
-    """Raise ValueError for a temperature other than 1 where a teacher's tail is a bucket, or too few temperatures."""
+def check_tails(argument: str, options: LossOptions, n_teachers: int, bucket: Sequence[bool]) -> None:
+    """Raise ValueError for a temperature other than 1 where a teacher's tail is a bucket, or too few temperatures.
+
+    `argument`: what holds the teachers.
+    """
     temperatures = options.teacher_temperatures(n_teachers)
     for k, has_bucket in enumerate(bucket):
         for name, temperature in (("temperature", options.temperature), ("teacher_temperature", temperatures[k])):
             if has_bucket and temperature != 1:
                 raise ValueError(
-                    f'{name} must be 1 where teacher_logits[{k}] has tail="bucket", got {temperature}: the mass '
+                    f'{name} must be 1 where {argument}[{k}] has tail="bucket", got {temperature}: the mass '
                     'outside of the list is unknown at another temperature; tail="renormalize" allows any'
                 )
 
@@ -252,15 +255,13 @@ def check_values(inputs: LossInputs, options: LossOptions) -> None:
         check_num_items(float(num_items))
 
 
-def check_teacher_values(inputs: LossInputs) -> None:
-    """Raise ValueError for wrong values of `teacher_rows` and of lists of classes."""
+def check_teacher_values(argument: str, inputs: LossInputs) -> None:
+    """Raise ValueError for wrong values of `teacher_rows`, and of lists in the `argument` of the teachers."""
     n_rows, n_classes = inputs.student_logits.shape
     check_row_values(inputs.teacher_rows, n_rows)
     for k, indices in enumerate(inputs.teacher_indices):
         if indices is not None:
-            _check_listed(
-                f"teacher_logits[{k}]", indices, inputs.teacher_logits[k], inputs.teacher_bucket[k], n_classes
-            )
+            _check_listed(f"{argument}[{k}]", indices, inputs.teacher_logits[k], inputs.teacher_bucket[k], n_classes)
 
 
 def check_row_values(rows: Sequence[Tensor | None], n_rows: int) -> None:

@@ -115,7 +115,7 @@ def linear_amtss_loss(
         "student_hidden", labels, teacher_prior, teacher_mask, sample_weight, n_rows, n_teachers, device
     )
     check_special_labels(chosen, n_classes)
-    check_tails(chosen, n_teachers, teachers.bucket)
+    check_tails("teacher_hidden", chosen, n_teachers, teachers.bucket)
     _check_chunk_rows(chunk_rows)
 
     scalings = Scalings(

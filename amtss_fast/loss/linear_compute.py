@@ -95,7 +95,7 @@ def compute(
     if values_are_free(student_hidden):
         # Checked here, because a backend gets chunks and would name a row of the chunk.
         check_values(call, options)
-        check_teacher_values(call)
+        check_teacher_values("teacher_hidden", call)
 
     kept = _kept_rows(inputs.labels, options.ignore_index)
     n_kept = n_rows if kept is None else len(kept)

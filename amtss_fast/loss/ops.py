@@ -60,7 +60,7 @@ def _compute(
 ) -> LossOutputs:
     chosen = choose_backend(backend, inputs, options)
     if values_are_free(inputs.student_logits):
-        check_teacher_values(inputs)
+        check_teacher_values("teacher_logits", inputs)
         if not chosen.CHECKS_VALUES:
             check_values(inputs, options)
     return chosen.amtss_loss(inputs, options, need_grad=need_grad, need_stats=need_stats)

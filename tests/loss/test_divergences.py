@@ -306,7 +306,7 @@ def test_the_rest_is_one_class(divergence: str) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("c", [12, 700, 30_001])
 def test_budget_of_lists(backend: str, divergence: str, c: int) -> None:
-    """Lists that overlap, beside dense teachers: of some rows, in 16 bits, with padding, with labels outside of them."""
+    """Lists that overlap, beside dense teachers: of some rows, in 16 bits, with padding, without some labels."""
     tails = ["bucket"] if divergence == "reverse_kl" else ["bucket", "renormalize"]
     for tail in tails:
         for certainty in (1, 30, 1000) if c < 10_000 else (1000,):
