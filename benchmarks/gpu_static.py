@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import triton
@@ -33,7 +33,7 @@ from amtss_fast.loss.backends.triton import config, launch
 from amtss_fast.loss.backends.triton.binary import Launch
 from amtss_fast.loss.backends.triton.device import memory
 from amtss_fast.loss.contract import LossInputs
-from amtss_fast.loss.options import DIVERGENCES, Divergence
+from amtss_fast.loss.options import Divergence
 
 
 class Chip(NamedTuple):
@@ -66,7 +66,8 @@ TYPES = [
 ]
 CLASSES = [2, 3, 8, 15, 32, 64, 100, 256, 500, 1024, 2000, 4000, 5000, 8000, 250_002]
 CLASSES_OF_OTHER_TYPES = [3, 100, 256, 1024, 5000, 250_002]
-# One of each kind of tiles and chunks, for divergences other than the forward KL.
+# Divergences other than the forward KL, and classes for one of each kind of their tiles and chunks.
+OTHER_DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)[1:]
 CLASSES_OF_DIVERGENCES = [3, 15, 32, 100, 256, 1024, 250_002]
 # Ways to call the loss, see `launches`.
 CALLS = ["loss", "all", "strided", "mixed"]
@@ -294,7 +295,7 @@ def survey(targets: list[str]) -> Iterator[Static]:
                 for planned in launches(n_classes, student, teacher, call):
                     for target in targets:
                         yield examine(planned, target, call)
-    for divergence in DIVERGENCES[1:]:
+    for divergence in OTHER_DIVERGENCES:
         for n_classes in CLASSES_OF_DIVERGENCES:
             for planned in launches(n_classes, *TYPES[0], "all", divergence):
                 for target in targets:

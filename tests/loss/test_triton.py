@@ -27,8 +27,9 @@ if registry.why_missing("triton") is not None:
 
 from amtss_fast.loss.backends import triton as _triton
 from amtss_fast.loss.backends.triton import binary, launch, scale, sums
-from amtss_fast.loss.backends.triton.teachers import SLOTS, teacher_arguments
+from amtss_fast.loss.backends.triton.teachers import SLOTS, numbers, places, teacher_arguments
 from amtss_fast.loss.contract import LossInputs
+from amtss_fast.loss.options import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,14 +86,32 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fence]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stays_within_its_buffers(outputs: list[Fence], n: int, c: int, k: int, dtype: torch.dtype) -> None:
     case = make_case(n, c, k, dtype=dtype, masked=True, weighted=True, ce_weight=0.5, label_smoothing=0.1)
+    assert_fenced(outputs, case)
+
+
+@pytest.mark.parametrize(("n", "c"), [(13, 3), (5, 304), (2, 8201)])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_routed_teachers_stay_within_their_buffers(outputs: list[Fence], n: int, c: int, divergence: str) -> None:
+    case = make_case(n, c, 3, ce_weight=0.5, divergence=divergence, teacher_temperature=[1.0, 2.0, 3.0])
+    rows = [torch.arange(1, n, 2), None, torch.arange(0, 1)]
+    case.teachers = [t if own is None else t[own] for t, own in zip(case.teachers, rows, strict=True)]
+    case.options["teacher_rows"] = rows
+    assert_fenced(outputs, case)
+
+
+def assert_fenced(outputs: list[Fence], case: Case) -> None:
     inputs = []
 
-    def fence(t: torch.Tensor) -> torch.Tensor:
+    def fence(t: Any) -> Any:
+        if isinstance(t, list):
+            return [fence(one) for one in t]
+        if not torch.is_tensor(t):
+            return t
         # NaN around an input makes reads outside of it visible.
         inputs.append(Fence(t, float("nan") if t.is_floating_point() else t.dtype == torch.bool or NO_LABEL))
         return inputs[-1].inner
 
-    options = {name: fence(o) if torch.is_tensor(o) else o for name, o in case.options.items()}
+    options = {name: fence(o) for name, o in case.options.items()}
     result = Case(fence(case.student), [fence(t) for t in case.teachers], fence(case.labels), options).run("triton")
     for name, got in result.parts().items():
         assert got.isfinite().all(), f"{name} was not written, or was computed from what lies around the inputs"
@@ -160,6 +179,20 @@ def test_many_teachers(monkeypatch: pytest.MonkeyPatch, stacked: bool, k: int, c
     # The first argument stands for all of the memory that is reached through it.
     monkeypatch.setattr(launch, "teacher_arguments", lambda teachers: (arguments | {"t0": memory}, launches))
     assert_within_budget(case.run("triton"), case)
+
+
+def test_tables_are_written_on_the_device() -> None:
+    launches: list[binary.Launch] = []
+    values = [0.5 + j for j in range(19)]
+    written = numbers(values, torch.empty(0), launches)
+    # Values that no check has seen: 9 and -3 are no rows.
+    rows = [torch.tensor([1, 4]), None, torch.tensor([0, 9, -3]), torch.tensor([], dtype=torch.int64)]
+    found = places(rows, 5, torch.empty(0), launches)
+    assert found is not None
+    binary.launch_all(launches)
+    assert written.tolist() == values
+    assert found.tolist() == [[-1, 0, -1, -1, 1], [0, 1, 2, 3, 4], [0, -1, -1, -1, -1], [-1] * 5]
+    assert places([None, None], 5, torch.empty(0), launches) is None
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(9, 3, 2), (2, 301, 18)])
@@ -274,13 +307,16 @@ def tensor(n, c, dtype=torch.float32, offset=0, row=0):
     return torch.empty(offset + n * (c + row) + 64, dtype=dtype)[offset:].as_strided((n, c), (c + row, 1))
 
 def planned(student, teachers, labels=True, prior=None, mask=None, weight=None, items=None, beta=1.0, ce=0.5,
-         weighting="label_margin", reduction="mean", grad=True, stats=False):
+         weighting="label_margin", reduction="mean", grad=True, stats=False, divergence="forward_kl", mix=None,
+         temperature=None, rows=False):
     labels = torch.zeros(len(student), dtype=torch.int64) if labels else None
     scale = [torch.empty(len(student)) if t.dtype == torch.uint8 else None for t in teachers]
     inputs = loss_inputs(student, teachers, scale, scale, labels=labels, teacher_prior=prior, teacher_mask=mask,
-                         sample_weight=weight, num_items=items)
+                         sample_weight=weight, num_items=items,
+                         teacher_rows=[torch.arange(len(student))] * len(teachers) if rows else [])
     options = LossOptions(weighting=weighting, weight_temperature=beta, ce_weight=ce, label_smoothing=0.1,
-                          reduction=reduction)
+                          reduction=reduction, divergence=divergence, divergence_beta=mix,
+                          teacher_temperature=temperature)
     return launch.prepare(inputs, options, need_grad=grad, need_stats=stats)
 
 def keys(cases):
@@ -296,7 +332,8 @@ print(*keys([(n, c, 4) for n in (1, 2, 16) for c in (32000, 32008, 50002)]))
 
 def check(c, student, teachers, **options):
     launches, (_, grad, _) = planned(student, teachers, **options)
-    layout = choose_layout(c, [student, *teachers, *([] if grad is None else [grad])])
+    logits = [student, *teachers, *([] if grad is None else [grad])]
+    layout = choose_layout(c, logits, options.get("rows", False), options.get("divergence", "forward_kl"))
     for launched in launches:
         key(launched)
         assert launched.arguments.get("GROUP", layout.group) == layout.group
@@ -313,6 +350,8 @@ for c, n, offset, row in itertools.product((3, 40, 301, 9000), (1, 32, 600, 70_0
             {"grad": False}, {"stats": True}, {"reduction": "sum"}, {"reduction": "none"},
             {"prior": prior}, {"prior": prior.double()}, {"mask": torch.empty(len(ts), n) > 0},
             {"weight": weight}, {"weight": weight.double()}, {"items": items}, {"items": items.double()},
+            {"divergence": "reverse_kl"}, {"divergence": "jsd"}, {"divergence": "jsd", "mix": 0.1, "stats": True},
+            {"temperature": 1.0}, {"rows": True}, {"rows": True, "divergence": "tvd", "temperature": 1.0},
         ):
             check(c, student, teachers, **options)
         check(c, student, [*teachers * 10, tensor(n, c, s, 0, 5)])
@@ -329,18 +368,18 @@ assert len(seen) > 300 and {len(found) for found in seen.values()} == {1}, len(s
 
 def assert_lean(s: dict[str, Any]) -> None:
     """No spills, everything fits; of contiguous rows 16-byte loads, and each logit once per kernel."""
-    where = f"{s['kernel']} {s['config']}, {s['call']}, on {s['target']}"
+    where = f"{s['kernel']} {s['config']}, {s['call']}, {s['divergence']}, on {s['target']}"
     assert s["source"] == "predicted", where
     assert s["spill_bytes"] == 0, where
     assert s["fits_shared"], where
     assert s["registers"] > 0, where
-    if s["kernel"] == "join_chunks" or s["call"] in ("strided", "mixed"):
+    if s["kernel"].startswith("join_") or s["call"] in ("strided", "mixed"):
         return
     student, teacher = (getattr(torch, name).itemsize for name in s["config"].split()[0].split("/"))
     # With two classes the compiler for gfx942 makes several versions of the loop over teachers, of which one runs.
     if not ("64 x 2," in s["config"] and s["target"] == "gfx942"):
         assert s["read_bytes_per_logit"] == (student + teacher) / 2, where
-    assert s["written_bytes_per_logit"] == (0 if s["kernel"] == "chunk_statistics" else student), where
+    assert s["written_bytes_per_logit"] == (student if s["kernel"] in ("fused_tile", "chunk_gradient") else 0), where
     if s["kernel"] != "fused_tile" or " 1 x " in s["config"]:
         # Of 256 narrow classes a thread of a warp has less.
         classes, threads = (int(x) for x in re.findall(r"(\d+), (\d+) threads", s["config"])[0])
@@ -358,7 +397,8 @@ def test_static_bars() -> None:
     for row in rows:
         assert_lean(row)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
-    assert len({(row["kernel"], row["config"], row["call"]) for row in rows}) > 80
+    assert len({(row["kernel"], row["config"], row["call"], row["divergence"]) for row in rows}) > 120
+    assert {row["divergence"] for row in rows} == {*DIVERGENCES, "any"}
     assert all(time["source"] == "predicted" and time["milliseconds"] > 0 for time in stored("gpu_times.json"))
 
 
@@ -370,8 +410,11 @@ f32, bf16, u8 = torch.float32, torch.bfloat16, torch.uint8
 cases = [(5000, bf16, bf16, "all", "sm_120"), (5000, f32, f32, "all", "sm_120"), (256, f32, f32, "all", "sm_100"),
          (15, f32, f32, "mixed", "sm_90"), (1024, f32, f32, "strided", "sm_100"), (1024, f32, u8, "all", "sm_80"),
          (250_002, f32, f32, "mixed", "sm_100"), (3, f32, f32, "all", "gfx942")]
-rows = [gpu_static.examine(p, target, call)._asdict() for c, s, t, call, target in cases
-        for p in gpu_static.launches(c, s, t, call)]
+others = [(32, "skew_reverse_kl", "sm_80"), (1024, "jsd", "sm_90"), (250_002, "skew_reverse_kl", "sm_90")]
+cases = [(*case, "forward_kl") for case in cases]
+cases += [(c, f32, f32, "all", target, divergence) for c, divergence, target in others]
+rows = [gpu_static.examine(p, target, call)._asdict() for c, s, t, call, target, divergence in cases
+        for p in gpu_static.launches(c, s, t, call, divergence)]
 print(json.dumps([row | {"triton": triton.__version__, "source": "predicted"} for row in rows]))
 """
     rows = stored("gpu_static.json")
@@ -388,13 +431,15 @@ def test_static_table_as_json(tmp_path: Path) -> None:
     script = f"""
 import sys, gpu_static
 gpu_static.TYPES, gpu_static.CLASSES, gpu_static.CALLS = gpu_static.TYPES[:1], [3, 250_002], ["all"]
+gpu_static.OTHER_DIVERGENCES = ()
 sys.argv = ["gpu_static.py", "--targets", "sm_80", "--json", {str(table)!r}, "--times", {str(times)!r}]
 gpu_static.main()
 """
     printed = run_compiling(script)
     assert "predicted milliseconds" in printed
     rows = json.loads(table.read_text())
-    assert {row["kernel"] for row in rows} == {"fused_tile", "chunk_statistics", "join_chunks", "chunk_gradient"}
+    chunks = {"chunk_statistics", "join_normalizers", "chunk_divergences", "join_chunks", "chunk_gradient"}
+    assert {row["kernel"] for row in rows} == {"fused_tile", *chunks}
     for row in rows:
         assert_lean(row)
     assert json.loads(times.read_text())[0]["chip"] == "A100 80 GB"
@@ -403,8 +448,12 @@ gpu_static.main()
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 @pytest.mark.parametrize(("n", "c", "k"), [*SHAPES, (9, 65, 18)])
-def test_in_a_cuda_graph_without_synchronisation(n: int, c: int, k: int) -> None:
+@pytest.mark.parametrize("routed", [False, True])
+def test_in_a_cuda_graph_without_synchronisation(n: int, c: int, k: int, routed: bool) -> None:
     case = make_case(n, c, k, masked=True, ce_weight=0.5)
+    if routed:
+        case.options |= {"divergence": "jsd", "teacher_temperature": 1.0, "teacher_rows": [torch.arange(n - 1)] * k}
+        case.teachers = [t[: n - 1] for t in case.teachers]
     student = case.student.requires_grad_()
 
     def step() -> torch.Tensor:
