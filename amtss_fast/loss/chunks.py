@@ -59,6 +59,31 @@ def taught_rows(
     return TaughtRows(*places.sort(stable=True))
 
 
+def side_by_side(
+    kept: Tensor | None, n_kept: int, teachers: Sequence[TaughtRows | None]
+) -> tuple[Tensor | None, list[TaughtRows | None]]:
+    """The rows that are kept in another order, that of the first of their teachers, and where these teach then.
+
+    Each chunk then has rows of few teachers, and a product of a teacher's head has many rows.
+    """
+    some = [(k, own) for k, own in enumerate(teachers) if own is not None]
+    if not some:
+        return kept, list(teachers)
+    device = some[0][1].places.device
+    first = torch.full((n_kept + 1,), len(teachers), device=device)
+    for k, own in reversed(some):
+        first[own.places] = k
+    order = first[:n_kept].argsort(stable=True)
+    new_place = torch.full((n_kept + 1,), n_kept, device=device)
+    new_place[order] = torch.arange(n_kept, device=device)
+
+    def moved(own: TaughtRows) -> TaughtRows:
+        places, by_place = new_place[own.places].sort(stable=True)
+        return TaughtRows(places, own.sources[by_place])
+
+    return order if kept is None else kept[order], [None if own is None else moved(own) for own in teachers]
+
+
 def cut(
     kept: Tensor | None,
     n_kept: int,

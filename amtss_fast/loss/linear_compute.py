@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amtss_fast.loss.checks import check_teacher_values, check_values, values_are_free
-from amtss_fast.loss.chunks import Chunk, cut, taught_rows
+from amtss_fast.loss.chunks import Chunk, cut, side_by_side, taught_rows
 from amtss_fast.loss.contract import AMTSSStats, LossInputs, accumulation_dtype, empty_stats, gradient_dtype
 from amtss_fast.loss.head import Head, Scaling, Scratch, default_chunk_rows, padded_classes
 from amtss_fast.loss.options import LossOptions
@@ -108,6 +108,7 @@ def compute(
     taught = [
         taught_rows(_entry(call.teacher_rows, k), _teaches(call, k), kept, n_kept, n_rows) for k in range(len(teachers))
     ]
+    kept, taught = side_by_side(kept, n_kept, taught)
 
     def length(most_teachers: int) -> int:
         return chunk_rows or default_chunk_rows(n_kept, n_classes, most_teachers, student.dtype.itemsize, device)
