@@ -95,9 +95,7 @@ def routed(
 
     def step(teachers: list[Tensor], teacher_weight: list[Tensor], teacher_rows: list[Tensor] | None) -> Tensor:
         hidden.grad = weight.grad = None
-        loss: Tensor = linear_amtss_loss(
-            hidden, weight, teachers, teacher_weight, labels, teacher_rows=teacher_rows, chunk_rows=None
-        )
+        loss: Tensor = linear_amtss_loss(hidden, weight, teachers, teacher_weight, labels, teacher_rows=teacher_rows)
         loss.backward()
         return loss.detach()
 
@@ -122,8 +120,7 @@ def check_routed(
 
 
 def bench(name: str, n_rows: int, seconds: float) -> list[Row]:
-    make = {"lists": lists, "routed": routed}[name]
-    steps, wanting = make(n_rows)
+    steps, wanting = lists(n_rows) if name == "lists" else routed(n_rows)
 
     def run(step: Step) -> None:
         step()

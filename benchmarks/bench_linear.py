@@ -3,20 +3,22 @@
     python benchmarks/bench_linear.py                            the named cases of the device
     python benchmarks/bench_linear.py --case 384,320,3,90007     N rows, width H, K teachers, C classes, and a dtype
     python benchmarks/bench_linear.py --rivals native,products --case 2048,384,3,250002
+    python benchmarks/bench_linear.py --divergence jsd --rivals native,liger-compile,trl --case 2048,384,1,151936
     python benchmarks/bench_linear.py --json FILE
 
 The rivals: `native` is `linear_amtss_loss`; `torch` and `compile` make all logits, then the same formula; `liger` and
-`liger-compile` are Liger-Kernel's chunked JSD with beta = 0 (the same KL divergence, of one teacher, chunks of its
-default size), where it is installed and K = 1. `products` is no rival but what nobody can leave out: K + 1 products for
-the logits and two for the gradients, as torch does them at once. Every case first checks that the rivals agree; those
-of half precision with what the same inputs give in float32, from which `head error` tells how far the gradient of the
-student's head is (norm of the difference by norm). Times are medians of interleaved runs with their quartiles. Memory
-is the peak beyond inputs and gradients.
+`liger-compile` are Liger-Kernel's chunked JSD, with beta = 0 for the forward KL, and `trl` is TRL's chunked divergence
+(one teacher, chunks of their default sizes), where they are installed and K = 1. `products` is no rival but what nobody
+can leave out: K + 1 products for the logits and two for the gradients, as torch does them at once. Every case first
+checks that the rivals agree; those of half precision with what the same inputs give in float32, from which `head error`
+tells how far the gradient of the student's head is (norm of the difference by norm). Times are medians of interleaved
+runs with their quartiles. Memory is the peak beyond inputs and gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from amtss_fast import linear_amtss_loss
 from amtss_fast._system.files import write_atomically
+from amtss_fast.loss.options import Divergence
 
 Row = dict[str, str | int | float]
 
@@ -91,25 +94,51 @@ class Inputs:
 Loss = Callable[[Inputs], Tensor]
 
 
-def native(x: Inputs) -> Tensor:
-    loss: Tensor = linear_amtss_loss(
-        x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels, temperature=TEMPERATURE
-    )
-    return loss
+DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "jsd")
+
+
+def native(divergence: Divergence) -> Loss:
+    def loss_fn(x: Inputs) -> Tensor:
+        loss: Tensor = linear_amtss_loss(
+            x.hidden,
+            x.weight,
+            x.teacher_hidden,
+            x.teacher_weight,
+            x.labels,
+            temperature=TEMPERATURE,
+            divergence=divergence,
+        )
+        return loss
+
+    return loss_fn
 
 
 def _from_logits(
-    hidden: Tensor, weight: Tensor, teacher_hidden: list[Tensor], teacher_weight: list[Tensor], labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: list[Tensor],
+    teacher_weight: list[Tensor],
+    labels: Tensor,
+    divergence: Divergence,
 ) -> Tensor:
     with torch.no_grad():
         teachers = [F.linear(h, w) for h, w in zip(teacher_hidden, teacher_weight, strict=True)]
-    return plain(F.linear(hidden, weight), teachers, labels)
+    return plain(F.linear(hidden, weight), teachers, labels, divergence)
 
 
-def liger(compiled: bool) -> Loss:
+def peer_beta(divergence: Divergence) -> float:
+    """What Liger and TRL call `beta`: 0 is the forward KL."""
+    return 0.5 if divergence == "jsd" else 0.0
+
+
+def liger(compiled: bool, divergence: Divergence) -> Loss:
     """Without the cross entropy, which it leaves out at weight 0, and with the factor of a temperature."""
     jsd = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=TEMPERATURE**2, beta=0.0, temperature=TEMPERATURE, compiled=compiled
+        weight_hard_loss=0.0,
+        weight_soft_loss=TEMPERATURE**2,
+        beta=peer_beta(divergence),
+        temperature=TEMPERATURE,
+        compiled=compiled,
     )
 
     def loss_fn(x: Inputs) -> Tensor:
@@ -120,22 +149,41 @@ def liger(compiled: bool) -> Loss:
     return loss_fn
 
 
-def rivals(case: LinearCase, names: list[str]) -> dict[str, Loss]:
+def trl(divergence: Divergence) -> Loss:
+    chunked = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+
+    def loss_fn(x: Inputs) -> Tensor:
+        (teacher_hidden,), (teacher_weight,) = x.teacher_hidden, x.teacher_weight
+        beta = peer_beta(divergence)
+        rows, _ = chunked.apply(x.hidden, x.weight, None, teacher_hidden, teacher_weight, None, beta, TEMPERATURE)
+        loss: Tensor = TEMPERATURE**2 * rows.mean()
+        return loss
+
+    return loss_fn
+
+
+def rivals(case: LinearCase, names: list[str], divergence: Divergence) -> dict[str, Loss]:
     torch._dynamo.reset()
-    compiled = torch.compile(_from_logits, dynamic=False)
+    formula = functools.partial(_from_logits, divergence=divergence)
+    compiled = torch.compile(formula, dynamic=False)
 
     def of(function: Callable[..., Tensor]) -> Loss:
         return lambda x: function(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
 
     losses: dict[str, Callable[[], Loss]] = {
-        "native": lambda: native,
-        "torch": lambda: of(_from_logits),
+        "native": lambda: native(divergence),
+        "torch": lambda: of(formula),
         "compile": lambda: of(compiled),
-        "liger": lambda: liger(False),
-        "liger-compile": lambda: liger(True),
+        "liger": lambda: liger(False, divergence),
+        "liger-compile": lambda: liger(True, divergence),
+        "trl": lambda: trl(divergence),
     }
-    possible = case.k == 1 and importlib.util.find_spec("liger_kernel") is not None
-    return {name: losses[name]() for name in names if possible or not name.startswith("liger")}
+    packages = {"liger": "liger_kernel", "liger-compile": "liger_kernel", "trl": "trl"}
+
+    def possible(name: str) -> bool:
+        return name not in packages or (case.k == 1 and importlib.util.find_spec(packages[name]) is not None)
+
+    return {name: losses[name]() for name in names if possible(name)}
 
 
 def products(x: Inputs) -> None:
@@ -146,7 +194,7 @@ def products(x: Inputs) -> None:
         x.hidden.grad, x.weight.grad = logits @ x.weight, logits.t() @ x.hidden
 
 
-def in_float32(inputs: Inputs) -> list[Tensor]:
+def in_float32(inputs: Inputs, divergence: Divergence) -> list[Tensor]:
     """Loss and both gradients of plain torch with everything in float32, by parts of the rows that fit anywhere."""
     n_rows = len(inputs.hidden)
     hidden, weight = (x.detach().float().requires_grad_() for x in (inputs.hidden, inputs.weight))
@@ -155,7 +203,7 @@ def in_float32(inputs: Inputs) -> list[Tensor]:
     for rows in torch.arange(n_rows).split(256):
         begin, end = int(rows[0]), int(rows[-1]) + 1
         part = [h[begin:end].float() for h in inputs.teacher_hidden]
-        loss = _from_logits(hidden[begin:end], weight, part, teacher_weight, inputs.labels[begin:end])
+        loss = _from_logits(hidden[begin:end], weight, part, teacher_weight, inputs.labels[begin:end], divergence)
         loss = loss * (len(rows) / n_rows)
         loss.backward()
         total += loss.detach()
@@ -164,7 +212,7 @@ def in_float32(inputs: Inputs) -> list[Tensor]:
     return [total, hidden.grad, weight.grad]
 
 
-def check_agreement(losses: dict[str, Loss], inputs: Inputs) -> dict[str, float]:
+def check_agreement(losses: dict[str, Loss], inputs: Inputs, divergence: Divergence) -> dict[str, float]:
     """Of half precision the distance of each rival's gradient of the head from that in float32. Warms them up, too.
 
     Raises:
@@ -172,7 +220,7 @@ def check_agreement(losses: dict[str, Loss], inputs: Inputs) -> dict[str, float]
             the first rival.
     """
     half = inputs.hidden.dtype.itemsize < 4
-    want = in_float32(inputs) if half else None
+    want = in_float32(inputs, divergence) if half else None
     bound = 5e-2 if half else 1e-4
     errors = {}
     for name, loss_fn in losses.items():
@@ -189,10 +237,10 @@ def check_agreement(losses: dict[str, Loss], inputs: Inputs) -> dict[str, float]
     return errors
 
 
-def bench(case: LinearCase, names: list[str], seconds: float, least: int) -> list[Row]:
+def bench(case: LinearCase, names: list[str], divergence: Divergence, seconds: float, least: int) -> list[Row]:
     inputs = case.inputs(default_device())
-    losses = rivals(case, [name for name in names if name != "products"])
-    errors = check_agreement(losses, inputs)
+    losses = rivals(case, [name for name in names if name != "products"], divergence)
+    errors = check_agreement(losses, inputs, divergence)
     runs: dict[str, Callable[[], object]] = {
         name: lambda f=loss_fn: inputs.step(f)  # type: ignore[misc]
         for name, loss_fn in losses.items()
@@ -205,7 +253,7 @@ def bench(case: LinearCase, names: list[str], seconds: float, least: int) -> lis
         inputs.hidden.grad = inputs.weight.grad = None
         memory = peak_memory(runs[name]) - inputs.hidden.nbytes - inputs.weight.nbytes
         row: Row = {
-            "case": str(case),
+            "case": str(case) if divergence == "forward_kl" else f"{case} {divergence}",
             "rival": name,
             **timing.figures(),
             "gflop_per_s": case.flops / timing.median / 1e9,
@@ -246,9 +294,10 @@ def main() -> None:
     parser.add_argument("--case", type=parse_case, action="append", metavar="N,H,K,C[,DTYPE]")
     parser.add_argument(
         "--rivals",
-        default="native,torch,compile,liger,liger-compile,products",
+        default="native,torch,compile,liger,liger-compile,trl,products",
         help="comma-separated (default: %(default)s)",
     )
+    parser.add_argument("--divergence", choices=DIVERGENCES, default="forward_kl")
     parser.add_argument("--seconds", type=float, default=20, help="for each case (default: %(default)s)")
     parser.add_argument("--least", type=int, default=3, help="runs of each rival, 2 or more (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="cases already in it are replaced, others kept")
@@ -263,12 +312,12 @@ def main() -> None:
     print(f"\n{'case':35} {'rival':>13}", *(f"{column:>9}" for column in columns))
     rows: list[Row] = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for case in args.case or (NAMED_ON_A_GPU if torch.cuda.is_available() else NAMED):
-        measured = bench(case, names, args.seconds, args.least)
+        measured = bench(case, names, args.divergence, args.seconds, args.least)
         for row in measured:
             figures = (f"{value:9.4g}" for key, value in row.items() if isinstance(value, float))
             print(f"{row['case']:35} {row['rival']:>13}", *figures, flush=True)
             row["date"] = about["date"]
-        rows = [row for row in rows if row["case"] != str(case)] + measured
+        rows = [row for row in rows if row["case"] != measured[0]["case"]] + measured
         if args.json:
             # After every case, so that what a run that was stopped has measured is there.
             write_atomically(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")

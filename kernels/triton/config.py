@@ -57,11 +57,17 @@ class Layout(NamedTuple):
 
 
 def choose_config(
-    n_classes: int, layout: Layout, teacher: str, extras: bool = False, divergence: str = "forward_kl"
+    n_classes: int,
+    layout: Layout,
+    teacher: str,
+    extras: bool = False,
+    divergence: str = "forward_kl",
+    stats: bool = False,
 ) -> Config | None:
     """The default configuration for rows of `n_classes` that fit on chip; None: rows are divided into chunks.
 
-    `teacher`: a type among `KINDS`, or "mixed". `extras`: whether stats or the cross entropy are computed too.
+    `teacher`: a type among `KINDS`, or "mixed". `extras`: whether the stats or the cross entropy are computed
+    too; `stats`: whether the stats are.
 
     A thread has up to 16 logits of a tile (32 of the longest), and the fewest registers without spilling: the more
     programs a multiprocessor holds, the better they hide the latency of memory. Divergences other than the forward KL
@@ -80,7 +86,7 @@ def choose_config(
 
     if classes <= FEW_CLASSES:
         if classes <= 4:
-            return Config(64, classes, 64, registers(64, 96, 128, 112))
+            return Config(64, classes, 64, registers(64, 96, 144 if stats else 128, 112))
         if classes <= 16:
             # One row per thread: otherwise several threads read a label, which is as large as two logits.
             return Config(64 if forward else 32, classes, 64, registers(96, 128, 255, 168))
@@ -91,7 +97,7 @@ def choose_config(
     if classes <= 256:
         return Config(1, classes, 32, registers(64, 80, 96, 112))
     if classes <= 4096:
-        return Config(1, classes, classes // 16, registers(80, 128, 144, 176))
+        return Config(1, classes, classes // 16, registers(80, 144 if stats else 128, 168 if stats else 144, 176))
     # Reading rows twice is faster than such a tile in half precision, and where a row fills little of the tile.
     if classes == LONGEST and n_classes > 3 * LONGEST // 4 and teacher == "float32" and forward and not laborious:
         return Config(1, classes, classes // 32, 255)

@@ -87,7 +87,7 @@ def make_plan(call: Call) -> LaunchPlan:
     teacher = KINDS[call.teachers[0].dtype] if len(dtypes) == 1 else "mixed"
     constants = _constants(call, teacher, layout.group)
     extras = call.ce or call.need_stats
-    config = choose_config(call.n_classes, layout, teacher, extras, call.divergence)
+    config = choose_config(call.n_classes, layout, teacher, extras, call.divergence, call.need_stats)
     if config is not None:
         return LaunchPlan(constants, (_step(fused_tile, config, config.rows, 1),))
     statistics, gradient = choose_chunks(layout, teacher, extras, call.divergence)
