@@ -92,7 +92,7 @@ def amtss_loss(
         reduction: "mean" over the rows that count, "sum", or "none" for the loss of each row, [N].
         num_items: divides the sum in place of the number of rows that count (for gradient accumulation and data
             parallelism); only with reduction="mean". A number or a 0-d tensor.
-        return_stats: also return :class:`AMTSSStats`, without another pass over the logits.
+        return_stats: also return :class:`AMTSSStats`. Their `pull` reads rows that do not fit the caches once more.
         backend: "cpu", "triton", "reference", or None for the best that runs these tensors.
 
     Returns:
@@ -101,8 +101,8 @@ def amtss_loss(
     Infinities and NaN: -inf is a masked class (a teacher's adds 0 where the student's is -inf too; a student's -inf
     where a teacher has mass gives a loss of +inf and a finite gradient). With the reverse KL a teacher's -inf where the
     student has mass gives a loss of +inf, and a gradient that may be NaN in that row; jsd, the skewed KLs and tvd are
-    always finite. NaN, or a row that is -inf throughout, makes
-    its own row NaN and no other. A row without a teacher keeps its cross entropy. Nothing is clamped.
+    always finite. NaN, or a row that is -inf throughout, makes its own row NaN and no other. A row without a teacher
+    keeps its cross entropy. Nothing is clamped.
 
     Raises:
         ValueError, TypeError: wrong rank, shape, dtype or value of an argument, named in the message. Values inside

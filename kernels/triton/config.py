@@ -97,26 +97,36 @@ def choose_config(
     if classes <= 256:
         return Config(1, classes, 32, registers(64, 80, 96, 112))
     if classes <= 4096:
-        return Config(1, classes, classes // 16, registers(80, 144 if stats else 128, 168 if stats else 144, 176))
+        return Config(1, classes, classes // 16, registers(80, 160 if stats else 128, 192 if stats else 144, 176))
     # Reading rows twice is faster than such a tile in half precision, and where a row fills little of the tile.
-    if classes == LONGEST and n_classes > 3 * LONGEST // 4 and teacher == "float32" and forward and not laborious:
+    plain = teacher == "float32" and forward and not stats and not laborious
+    if classes == LONGEST and n_classes > 3 * LONGEST // 4 and plain:
         return Config(1, classes, classes // 32, 255)
     return None
 
 
+class Chunks(NamedTuple):
+    """The configurations for longer rows."""
+
+    statistics: Config
+    divergences: Config
+    gradient: Config
+
+
 def choose_chunks(
-    layout: Layout, teacher: str, extras: bool = False, divergence: str = "forward_kl"
-) -> tuple[Config, Config]:
-    """The configurations for the statistics and for the gradient of longer rows; arguments as in `choose_config`.
+    layout: Layout, teacher: str, extras: bool = False, divergence: str = "forward_kl", stats: bool = False
+) -> Chunks:
+    """The configurations for longer rows; arguments as in `choose_config`.
 
     The statistics are mostly sums, and a program of a single warp need not exchange them between warps.
     """
+    forward = divergence == "forward_kl"
     if layout.group == 0 or teacher == "mixed":
-        return Config(1, 1024, 32, 255), Config(1, 2048, 128, 168)
-    gradient = 96 if extras else 64
-    if divergence != "forward_kl":
-        gradient = 112
-    return Config(1, 1024, 32, 152 if extras else 128), Config(1, 2048, 128, gradient)
+        gradient = Config(1, 2048, 128, 168 if forward else 192)
+        return Chunks(Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient)
+    statistics = Config(1, 1024, 32, 168 if stats else 152 if extras else 128)
+    gradient = Config(1, 2048, 128, (96 if extras else 64) if forward else 128)
+    return Chunks(statistics, Config(1, 1024, 32, 176), gradient)
 
 
 def choose_layout(

@@ -90,19 +90,19 @@ def make_plan(call: Call) -> LaunchPlan:
     config = choose_config(call.n_classes, layout, teacher, extras, call.divergence, call.need_stats)
     if config is not None:
         return LaunchPlan(constants, (_step(fused_tile, config, config.rows, 1),))
-    statistics, gradient = choose_chunks(layout, teacher, extras, call.divergence)
-    n_chunks = triton.cdiv(call.n_classes + layout.slack, statistics.classes)
-    union = Config(1, statistics.classes, 32, 255)
+    configs = choose_chunks(layout, teacher, extras, call.divergence, call.need_stats)
+    n_chunks = triton.cdiv(call.n_classes + layout.slack, configs.statistics.classes)
+    union = Config(1, configs.statistics.classes, 32, 255)
     pieces = {"n_chunks": n_chunks, "CHUNKS": triton.next_power_of_2(n_chunks)}
-    steps = [_step(chunk_statistics, statistics, 1, n_chunks, n_chunks=n_chunks)]
+    steps = [_step(chunk_statistics, configs.statistics, 1, n_chunks, n_chunks=n_chunks)]
     if call.need_stats or call.divergence != "forward_kl":
         steps.append(_step(join_normalizers, union, 1, 1 + len(call.teachers), **pieces))
     if call.need_stats or sums_terms(call.divergence):
-        steps.append(_step(chunk_divergences, statistics, 1, n_chunks, n_chunks=n_chunks))
+        steps.append(_step(chunk_divergences, configs.divergences, 1, n_chunks, n_chunks=n_chunks))
     steps.append(_step(join_chunks, union, 1, 1, **pieces))
     if call.grad is not None:
-        n_chunks = triton.cdiv(call.n_classes + layout.slack, gradient.classes)
-        steps.append(_step(chunk_gradient, gradient, 1, n_chunks, n_chunks=n_chunks))
+        n_chunks = triton.cdiv(call.n_classes + layout.slack, configs.gradient.classes)
+        steps.append(_step(chunk_gradient, configs.gradient, 1, n_chunks, n_chunks=n_chunks))
     return LaunchPlan(constants, tuple(steps))
 
 

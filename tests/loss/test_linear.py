@@ -476,6 +476,16 @@ def test_only_taught_rows_enter_products(backend: str, product_rows: list[int]) 
     assert sum(product_rows) == int(keep.sum()) + taught
 
 
+def test_rows_of_a_teacher_lie_side_by_side(product_rows: list[int]) -> None:
+    """However they are mixed in a batch, a chunk has rows of few teachers, and its products have many rows."""
+    case = make_linear_case(18, 48, special_rows=False)
+    rows = [torch.arange(k, 18, 3) for k in range(3)]
+    case.teacher_hidden = [h[own] for h, own in zip(case.teacher_hidden, rows, strict=True)]
+    case.options["teacher_rows"] = rows
+    case.run(None, chunk_rows=6)
+    assert product_rows == [6] * 6
+
+
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"divergence": "jsd", "temperature": 1.0, "ce_weight": 0.5}])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("routed", [False, True])
