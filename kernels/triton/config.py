@@ -81,7 +81,7 @@ def choose_config(
     def registers(plain: int, extra: int, most: int, other: int) -> int:
         """`other`: for the other divergences."""
         if not forward:
-            return 255 if laborious else other
+            return 255 if laborious else other + 24 * (teacher == "uint8")
         return most if laborious else extra if extras or teacher == "uint8" else plain
 
     if classes <= FEW_CLASSES:
@@ -126,7 +126,7 @@ def choose_chunks(
         return Chunks(Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient)
     statistics = Config(1, 1024, 32, 168 if stats else 152 if extras else 128)
     gradient = Config(1, 2048, 128, (96 if extras else 64) if forward else 128)
-    return Chunks(statistics, Config(1, 1024, 32, 176), gradient)
+    return Chunks(statistics, Config(1, 1024, 32, 224 if teacher == "uint8" else 176), gradient)
 
 
 def choose_layout(
