@@ -40,8 +40,12 @@ def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
         return f"they are on {student_logits.device}, the kernels need a CUDA or ROCm device"
     if student_logits.dtype not in _FLOATS:
         return f"student_logits is {student_logits.dtype}, allowed are float32, bfloat16 and float16"
-    if inputs.teacher_indices:
-        return "a teacher gives top-k log-probabilities, it takes logits"
+    for k, indices in enumerate(inputs.teacher_indices):
+        if indices is not None:
+            return (
+                f"teacher_logits[{k}] is a list of top-k log-probabilities, "
+                'it runs dense and 8-bit teachers; use backend="reference"'
+            )
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in (*_FLOATS, torch.uint8):
             return f"teacher_logits[{k}] is {teacher.dtype}, allowed are float32, bfloat16, float16 and 8-bit codes"

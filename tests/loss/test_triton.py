@@ -18,7 +18,7 @@ import pytest
 import torch
 from numerics import Case, assert_within_budget, make_case
 
-from amtss_fast import amtss_loss
+from amtss_fast import TopKLogprobs, amtss_loss
 from amtss_fast.loss import LossOptions, ops, registry
 
 pytest.importorskip("triton", reason="the Triton kernels need the package triton")
@@ -260,7 +260,13 @@ def test_divisor_of_many_rows(monkeypatch: pytest.MonkeyPatch, c: int) -> None:
 def test_float64_is_refused() -> None:
     case = make_case(4, 3, 2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"'triton' cannot run .* student_logits is torch.float64"):
-        case.run("triton")
+        amtss_loss(case.student, case.teachers, case.labels, backend="triton")
+
+
+def test_lists_are_refused() -> None:
+    top = TopKLogprobs(torch.tensor([[0, 1]]), torch.tensor([[-1.0, -2.0]]))
+    with pytest.raises(RuntimeError, match=r'teacher_logits\[1\] is a list .*; use backend="reference"'):
+        amtss_loss(torch.randn(1, 5), [torch.randn(1, 5), top], temperature=1.0, backend="triton")
 
 
 # Tests of compilations run in a process of their own, because the interpreter replaces the compiler.
