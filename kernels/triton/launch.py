@@ -90,7 +90,7 @@ def _row_launches(teachers: Sequence[Tensor], options: LossOptions, tensors: dic
     plan = make_plan(_call(teachers, options, choice, tensors))
     arguments = plan.constants | tensors | _numbers(len(teachers), options, choice, tensors)
     if len(plan.steps) > 1:
-        arguments |= _between_kernels(plan, len(teachers), tensors, options)
+        arguments |= _between_kernels(plan, len(teachers), tensors)
     n_rows = tensors["row_loss"].shape[0]
     for binary, own, rows, chunks in plan.steps:
         launches.append(binary.of(-(-n_rows // rows) * chunks, arguments | own))
@@ -122,7 +122,8 @@ def _call(teachers: Sequence[Tensor], options: LossOptions, choice: str, tensors
         _type(tensors["divisor"]),
         options.weighting,
         choice,
-        options.divergence,
+        # Without teachers there is nothing to compare.
+        options.divergence if _needs_teachers(options, tensors) else "forward_kl",
         options.ce_weight > 0 and labels is not None,
         tensors["student_margin"] is not None,
     )
@@ -134,15 +135,13 @@ def _type(argument: Tensor | None) -> torch.dtype | None:
 
 def _numbers(n_teachers: int, options: LossOptions, choice: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """The arguments that are numbers and may differ between calls of one plan."""
-    prior, needs_teachers = tensors["prior"], options.kd_weight > 0 or tensors["student_margin"] is not None
-    beta = options.divergence_beta or 0.0
+    prior, beta = tensors["prior"], options.divergence_beta or 0.0
     mixing = 1 - beta if options.divergence == "skew_reverse_kl" else beta
     return {
         "prior_stride_k": 0 if prior is None else prior.stride(0),
         "prior_stride_n": 0 if prior is None else prior.stride(1),
         "n_rows": tensors["row_loss"].shape[0],
-        # Without a distillation term and stats, no teacher is read.
-        "n_teachers": n_teachers if needs_teachers else 0,
+        "n_teachers": n_teachers if _needs_teachers(options, tensors) else 0,
         "ignore_index": options.ignore_index,
         "unlabeled_index": options.unlabeled_index,
         "exponent": _exponent(options.temperature),
@@ -157,6 +156,11 @@ def _numbers(n_teachers: int, options: LossOptions, choice: str, tensors: dict[s
     }
 
 
+def _needs_teachers(options: LossOptions, tensors: dict[str, Any]) -> bool:
+    """Without a distillation term and stats, no teacher is read."""
+    return options.kd_weight > 0 or tensors["student_margin"] is not None
+
+
 def _exponent(temperature: float) -> float:
     return 1 / (temperature * math.log(2))
 
@@ -169,9 +173,7 @@ def _exponents(n_teachers: int, options: LossOptions, like: Tensor, launches: li
     return numbers([_exponent(temperature) for temperature in temperatures], like, launches)
 
 
-def _between_kernels(
-    plan: LaunchPlan, n_teachers: int, tensors: dict[str, Any], options: LossOptions
-) -> dict[str, Tensor | None]:
+def _between_kernels(plan: LaunchPlan, n_teachers: int, tensors: dict[str, Any]) -> dict[str, Tensor | None]:
     """Memory for what the kernels of `device/stream.py` pass on."""
     row_loss, stats = tensors["row_loss"], tensors["student_margin"] is not None
     n_rows, n_chunks = row_loss.shape[0], plan.steps[0].chunks
@@ -180,7 +182,7 @@ def _between_kernels(
         "fields": row_loss.new_empty((pairs, n_rows, n_chunks, 2)),
         "factors": row_loss.new_empty((STUDENT_PAIRS.value + n_teachers, n_rows, 2)),
         "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if plan.has(join_normalizers) else None,
-        "sums": row_loss.new_empty((n_teachers, n_rows, n_chunks, 2)) if sums_terms(options.divergence) else None,
+        "sums": row_loss.new_empty((n_teachers, n_rows, n_chunks, 2)) if sums_terms(plan.divergence) else None,
         "distances": row_loss.new_empty((n_teachers, n_rows, n_chunks)) if stats else None,
     }
 

@@ -68,6 +68,10 @@ class LaunchPlan(NamedTuple):
     constants: dict[str, Any]
     steps: tuple[Step, ...]
 
+    @property
+    def divergence(self) -> str:
+        return str(self.constants["DIVERGENCE"])
+
     def has(self, kernel: Any) -> bool:
         """Whether one of the steps is `kernel`."""
         return any(step.binary.kernel is kernel for step in self.steps)

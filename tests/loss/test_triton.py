@@ -263,6 +263,17 @@ def test_float64_is_refused() -> None:
         amtss_loss(case.student, case.teachers, case.labels, backend="triton")
 
 
+@pytest.mark.parametrize("c", [3, 8201])
+def test_without_distillation_no_teacher_is_read(outputs: list[Fence], c: int) -> None:
+    case = make_case(3, c, 2, kd_weight=0.0, ce_weight=1.0, divergence="jsd")
+    got, want = (
+        amtss_loss(case.student.requires_grad_(), case.teachers, case.labels, backend=backend, **case.options)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, want)
+    assert len(outputs) >= 3
+
+
 def test_lists_are_refused() -> None:
     top = TopKLogprobs(torch.tensor([[0, 1]]), torch.tensor([[-1.0, -2.0]]))
     with pytest.raises(RuntimeError, match=r'teacher_logits\[1\] is a list .*; use backend="reference"'):
