@@ -86,6 +86,7 @@ void Worker::compare_row(int lane) {
     const Mixing mixing(p);
     for (int64_t j = 1; j < layout.tensors; j++) running[j].d = 0;
     double slope = 0;
+    const bool terms_are_slopes = p.divergence == Divergence::reverse_kl;
     for (int64_t from = 0, end; from < p.classes; from = end) {
         end = block_end(from);
         const int64_t count = end - from;
@@ -122,9 +123,12 @@ void Worker::compare_row(int lane) {
                 running[j].d += sum(even + odd);
             });
         }
-        if (!empty) slope += sum_block(slopes, count);
+        if (!empty && !terms_are_slopes) slope += sum_block(slopes, count);
     }
-    for (int64_t j = 1; j < layout.tensors; j++) tensor[j].d[lane] = float(running[j].d);
+    for (int64_t j = 1; j < layout.tensors; j++) {
+        tensor[j].d[lane] = float(running[j].d);
+        if (terms_are_slopes && tensor[j].factor[lane] != 0) slope -= tensor[j].factor[lane] * running[j].d;
+    }
     row->slope[lane] = float(slope);
 }
 

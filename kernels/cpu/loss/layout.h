@@ -14,6 +14,8 @@ constexpr int64_t block = 128 * W;
 constexpr int64_t few_classes = 12 * W < 128 ? 12 * W : 128;
 
 constexpr int64_t softness_bytes = 24;
+// Exponentials of a tile whose rows are compared.
+constexpr int64_t compared_bytes = 192 * 1024;
 
 // The list of one teacher in one row.
 struct List {
@@ -75,9 +77,12 @@ struct Layout {
             if (by_columns) return;
         }
         groups = 1;
+        // Compared rows are read twice: a tile's logits, about as many bytes as are kept, stay in the second-level cache.
+        const int64_t room = p.compares() ? compared_bytes : free - group_bytes;
         if (p.has_lists())
             tile = 1;
-        else if (again) tile = !keep ? 1 : (free - group_bytes) / row_bytes < W ? int((free - group_bytes) / row_bytes) : W;
+        else if (again)
+            tile = !keep || room < row_bytes ? 1 : room / row_bytes < W ? int(room / row_bytes) : W;
     }
 
     static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
