@@ -69,7 +69,7 @@ void Worker::combine_row(int lane) {
             }
             waiting[terms++] = kept_term(j, factor, soft[j].exponent);
         }
-        float* const sum = !compares ? gradient : layout.keep ? kept_row(lane, 1) + from : slopes + from;
+        float* const sum = !compares ? gradient : layout.keep ? kept_slopes(lane) + from : slopes + from;
         // Without cross entropy, the last sum is written directly to the output.
         char* const to = out + from * size;
         const bool cross = row.cross[lane] != 0;

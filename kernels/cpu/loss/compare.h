@@ -91,7 +91,7 @@ void Worker::compare_row(int lane) {
         end = block_end(from);
         const int64_t count = end - from;
         // Slopes that nobody needs, of a teacher without weight or without a gradient, are written aside.
-        float* const slopes = !p.gradient ? gradient : layout.keep ? kept_row(lane, 1) + from : this->slopes + from;
+        float* const slopes = !p.gradient ? gradient : layout.keep ? kept_slopes(lane) + from : this->slopes + from;
         const float* const s = read(p.student, n, from, count, teacher);
         const Probabilities student_q = probabilities(*this, lane, 0, from, s);
         const float top = origin_of(*this, lane, 0), inverse = soft[0].inverse;

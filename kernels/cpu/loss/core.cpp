@@ -71,6 +71,22 @@ int64_t rows_that_count(const Problem& p) {
     return p.rows - std::count(p.labels, p.labels + p.rows, p.ignore_index);
 }
 
+// Teachers with rows of their own may be many, and each row have few of them.
+int64_t most_teachers(const Problem& p) {
+    int64_t everywhere = 0, most = 0;
+    std::vector<const int32_t*> places;
+    for (int64_t k = 0; k < p.teachers; k++) {
+        const Matrix& m = p.teacher[k];
+        if (m.place && !m.classes) places.push_back(m.place);
+        everywhere += !m.place && !m.classes;
+    }
+    for (int64_t n = 0; n < p.rows && most < int64_t(places.size()); n++) {
+        const auto has = [n](const int32_t* place) { return place[n] >= 0; };
+        most = std::max<int64_t>(most, std::count_if(places.begin(), places.end(), has));
+    }
+    return everywhere + most;
+}
+
 }  // namespace
 
 const Kernel* const* supported_kernels() {
@@ -91,6 +107,7 @@ Outcome run(const Kernel& kernel, Problem& p, double divisor, float* loss, int t
     if (outcome.fault != Fault::none) return outcome;
     if (std::isnan(divisor)) divisor = double(std::max<int64_t>(1, rows_that_count(p)));
     p.gradient_scale = float(1 / divisor);
+    p.most_teachers = most_teachers(p);
     const int64_t gradient_bytes = p.gradient ? p.rows * p.classes * (p.gradient_type == Type::f32 ? 4 : 2) : 0;
     p.stream = gradient_bytes >= large_gradient;
 

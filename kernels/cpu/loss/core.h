@@ -51,6 +51,7 @@ struct Problem : Options {
     const float* prior;          // [teachers], or [teachers, rows]
     bool prior_per_row;
     const uint8_t* mask;         // [teachers, rows]
+    int64_t most_teachers;       // that give logits of one row; set by `run`
     const float* sample_weight;  // [rows]
 
     void* gradient;  // [rows, classes], contiguous, f32 or bf16

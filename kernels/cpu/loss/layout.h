@@ -46,6 +46,7 @@ struct Layout {
     int tile;          // rows of a tile
     int groups;        // of W rows each, in a tile
     int64_t tensors;   // the student and the teachers
+    int64_t slots;     // exponentials per class that are kept: of the student, a row's teachers, the cross entropy
     int64_t lanes;     // floats of a column in scratch
     int64_t columns;   // [classes, lanes] in scratch
     int64_t width;     // floats of a row in scratch
@@ -59,13 +60,14 @@ struct Layout {
         // By columns: the exponentials, two of the student's, and where teachers are compared, their logits.
         columns = tensors + 2 + (p.compares() ? p.teachers : 0);
         const int64_t free =
-            scratch_bytes - tensors * (sizeof(Running) + softness_bytes) - 4 * block * sizeof(float) - 1024;
+            scratch_bytes - tensors * (sizeof(Running) + softness_bytes + W * sizeof(int32_t)) - 4 * block * sizeof(float) - 1024;
         width = (p.classes + W - 1) / W * W;
         // The blocks of a row have nearly one size: each prefetches as many logits as the next one has.
         const int64_t least = (p.classes + block - 1) / block;
         span = ((p.classes + least - 1) / least + 2 * W - 1) / (2 * W) * (2 * W);
         blocks = (p.classes + span - 1) / span + 1;
-        const int64_t row_bytes = (tensors + separate_ce) * (width + blocks) * sizeof(float);
+        slots = 1 + p.most_teachers + separate_ce;
+        const int64_t row_bytes = slots * (width + blocks) * sizeof(float);
         const bool again = p.gradient || p.compares() || p.pull;
         keep = again && row_bytes <= free - group_bytes;
         // Several groups hide the latencies of each other's instructions while their columns fit the first-level cache.

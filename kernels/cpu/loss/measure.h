@@ -12,7 +12,11 @@ void Worker::measure_row(int lane) {
     const int64_t n = begin + lane;
     Rows& row = *this->row;
     if (row.student[lane] == 0) return;
-    for (int64_t j = 0; j < layout.tensors; j++) running[j] = {};
+    int32_t slots = 0;
+    for (int64_t j = 0; j < layout.tensors; j++) {
+        running[j] = {};
+        slot[lane * layout.tensors + j] = j == 0 || (tensor[j].alpha[lane] != 0 && !is_list(j)) ? slots++ : 0;
+    }
     const bool cross = row.cross[lane] != 0;
     const int64_t label = row.margin_label[lane];
     double cross_z = 0, cross_sum = 0;
@@ -101,7 +105,8 @@ void Worker::measure_row(int lane) {
     }
     for (int64_t j = 1; j < layout.tensors; j++) running[j].rebase(student_shift, soft[j].exponent, soft[j].ratio);
     if (layout.keep) {
-        for (int64_t j = 0; j < layout.tensors; j++) last_origin(lane, j) = running[j].origin;
+        for (int64_t j = 0; j < layout.tensors; j++)
+            if (j == 0 || slot_of(lane, j) != 0) last_origin(lane, j) = running[j].origin;
         if (layout.separate_ce) last_origin(lane, layout.tensors) = s.origin;
     }
     for (int64_t j = 0; j < layout.tensors; j++) {

@@ -33,6 +33,7 @@ struct Worker {
     float* kept;     // exponentials [tile, slots, width]; by columns: [tensors + 2, classes, lanes]
     float* flat;     // by columns: [lanes, classes], the rows of one tensor
     float* origins;  // [tile, slots, blocks]: the origin of each kept block
+    int32_t* slot;   // [tile, tensors]: of those that a row has
     float* slopes;   // [width]: of a row whose exponentials are not kept, see compare.h
     List* list;      // [teachers], see lists.h; null: they all give logits
     Listed listed;
@@ -60,7 +61,8 @@ struct Worker {
         teacher = (float*)take(block * sizeof(float));
         gradient = (float*)take(block * sizeof(float));
         fresh = (float*)take(block * sizeof(float));
-        origins = (float*)take(layout.keep ? layout.tile * slots() * layout.blocks * sizeof(float) : 0);
+        slot = (int32_t*)take(layout.by_columns ? 0 : layout.tile * layout.tensors * sizeof(int32_t));
+        origins = (float*)take(layout.keep ? layout.tile * layout.slots * layout.blocks * sizeof(float) : 0);
         kept = (float*)memory;
         flat = kept + layout.columns * p.classes * layout.lanes;
     }
@@ -85,12 +87,16 @@ struct Worker {
     }
 
     const Matrix& matrix(int64_t j) const { return j == 0 ? p.student : p.teacher[j - 1]; }
-    // Exponentials per class that are kept: of each tensor, and those of the cross entropy.
-    int64_t slots() const { return layout.tensors + layout.separate_ce; }
-    float* kept_row(int lane, int64_t j) const { return kept + (lane * slots() + j) * layout.width; }
-    float* kept_origins(int lane, int64_t j) const {
-        return origins + (lane * slots() + j) * layout.blocks;
+    // The exponentials of the cross entropy are those of tensor `layout.tensors`, in the last slot.
+    int64_t slot_of(int lane, int64_t j) const {
+        return j == layout.tensors ? layout.slots - 1 : slot[lane * layout.tensors + j];
     }
+    float* kept_row(int lane, int64_t j) const { return kept + (lane * layout.slots + slot_of(lane, j)) * layout.width; }
+    float* kept_origins(int lane, int64_t j) const {
+        return origins + (lane * layout.slots + slot_of(lane, j)) * layout.blocks;
+    }
+    // Slopes overwrite the exponentials of the first teacher.
+    float* kept_slopes(int lane) const { return kept + (lane * layout.slots + 1) * layout.width; }
     // The origin of the whole row, to which the gradient scales the exponentials of all blocks.
     float& last_origin(int lane, int64_t j) const { return kept_origins(lane, j)[layout.blocks - 1]; }
     int64_t block_end(int64_t from) const { return std::min(from + layout.span, p.classes); }
