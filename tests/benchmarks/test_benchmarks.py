@@ -117,10 +117,11 @@ def test_rivals_of_the_heads_must_agree(dtype: torch.dtype, monkeypatch: pytest.
     bench = importlib.import_module("bench_linear")
     case = bench.LinearCase(300, 8, 2, 50, dtype)
     inputs = case.inputs("cpu")
-    losses = bench.rivals(case, ["native", "torch"])
-    bench.check_agreement(losses, inputs)
-    with pytest.raises(AssertionError, match="wrong: loss, gradients of hidden states and head are"):
-        bench.check_agreement(losses | {"wrong": lambda x: 1.05 * losses["torch"](x)}, inputs)
+    for divergence in bench.DIVERGENCES:
+        losses = bench.rivals(case, ["native", "torch"], divergence)
+        bench.check_agreement(losses, inputs, divergence)
+        with pytest.raises(AssertionError, match="wrong: loss, gradients of hidden states and head are"):
+            bench.check_agreement(losses | {"wrong": lambda x, f=losses["torch"]: 1.05 * f(x)}, inputs, divergence)
 
 
 def test_students_side_by_side_are_the_librarys_student_alone(monkeypatch: pytest.MonkeyPatch) -> None:

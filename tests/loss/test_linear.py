@@ -222,8 +222,9 @@ def test_heads_of_any_dtype(backend: str, dtype: torch.dtype, head: str) -> None
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_heads_of_250002_classes(backend: str, bias: bool) -> None:
-    n = 1 if is_interpreted(backend) else 3
-    make_linear_case(n, 250_002, widths=(4, 6), bias=bias, special_rows=False, ce_weight=0.3).check(backend)
+    # In the interpreter, fewer chunks of the same kernels.
+    n, c = (1, 20_011) if is_interpreted(backend) else (3, 250_002)
+    make_linear_case(n, c, widths=(4, 6), bias=bias, special_rows=False, ce_weight=0.3).check(backend)
 
 
 def test_float64_goes_through_the_reference() -> None:
@@ -458,7 +459,7 @@ def test_routed_teachers_are_masked_ones(backend: str) -> None:
     for k, own in enumerate(routed.options["teacher_rows"]):
         if own is not None:
             whole.options["teacher_mask"][k] &= torch.zeros(29, dtype=torch.bool).index_fill(0, own, True)
-    for chunk_rows in (None, 1, 8, 29):
+    for chunk_rows in (None, 8) if is_interpreted(backend) else (None, 1, 8, 29):
         got, expected = routed.run(backend, chunk_rows=chunk_rows), whole.run(backend, chunk_rows=8)
         for name, value in got.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
