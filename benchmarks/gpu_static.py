@@ -77,6 +77,7 @@ _SHORT = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.uint8: "u8",
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
 }

@@ -16,6 +16,7 @@ from amtss_fast.loss.options import LossOptions
 if importlib.util.find_spec("triton") is not None:
     from .binary import interpreted
     from .launch import amtss_loss
+    from .lists import LONGEST_LIST
     from .scale import scale_gradient
 
 __all__ = ["CHECKS_VALUES", "amtss_loss", "scale_gradient", "why_missing", "why_not"]
@@ -41,11 +42,8 @@ def why_not(inputs: LossInputs, options: LossOptions) -> str | None:
     if student_logits.dtype not in _FLOATS:
         return f"student_logits is {student_logits.dtype}, allowed are float32, bfloat16 and float16"
     for k, indices in enumerate(inputs.teacher_indices):
-        if indices is not None:
-            return (
-                f"teacher_logits[{k}] is a list of top-k log-probabilities, "
-                'it runs dense and 8-bit teachers; use backend="reference"'
-            )
+        if indices is not None and indices.shape[1] > LONGEST_LIST:
+            return f"teacher_logits[{k}] lists {indices.shape[1]} classes of a row, allowed are {LONGEST_LIST}"
     for k, teacher in enumerate(teacher_logits):
         if teacher.dtype not in (*_FLOATS, torch.uint8):
             return f"teacher_logits[{k}] is {teacher.dtype}, allowed are float32, bfloat16, float16 and 8-bit codes"

@@ -63,16 +63,19 @@ def choose_config(
     extras: bool = False,
     divergence: str = "forward_kl",
     stats: bool = False,
+    lists: bool = False,
 ) -> Config | None:
     """The default configuration for rows of `n_classes` that fit on chip; None: rows are divided into chunks.
 
     `teacher`: a type among `KINDS`, or "mixed". `extras`: whether the stats or the cross entropy are computed
-    too; `stats`: whether the stats are.
+    too; `stats`: whether the stats are; `lists`: whether a teacher lists some classes.
 
     A thread has up to 16 logits of a tile (32 of the longest), and the fewest registers without spilling: the more
     programs a multiprocessor holds, the better they hide the latency of memory. Divergences other than the forward KL
     hold more values of each logit.
     """
+    if lists:
+        return None
     classes = triton.next_power_of_2(n_classes)
     # A 64-bit offset for each element, or code for several types, needs registers.
     laborious = layout.group == 0 or teacher == "mixed"
@@ -118,14 +121,19 @@ class Chunks(NamedTuple):
 
 
 def choose_chunks(
-    layout: Layout, teacher: str, extras: bool = False, divergence: str = "forward_kl", stats: bool = False
+    layout: Layout,
+    teacher: str,
+    extras: bool = False,
+    divergence: str = "forward_kl",
+    stats: bool = False,
+    lists: bool = False,
 ) -> Chunks:
     """The configurations for longer rows; arguments as in `choose_config`.
 
     The statistics are mostly sums, and a program of a single warp need not exchange them between warps.
     """
     forward = divergence == "forward_kl"
-    if layout.group == 0 or teacher == "mixed":
+    if layout.group == 0 or teacher == "mixed" or lists:
         gradient = Config(1, 2048, 128, 168 if forward else 192)
         return Chunks(Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient)
     statistics = Config(1, 1024, 32, 168 if stats else 152 if extras else 128)
@@ -136,10 +144,17 @@ def choose_chunks(
 
 
 def choose_layout(
-    n_classes: int, tensors: Sequence[Tensor | Logits], routed: bool = False, divergence: str = "forward_kl"
+    n_classes: int,
+    tensors: Sequence[Tensor | Logits],
+    routed: bool = False,
+    divergence: str = "forward_kl",
+    lists: bool = False,
 ) -> Layout:
-    """The fastest layout that all of `tensors` [N, C] allow; `routed`: a row may have another place in each of them."""
-    several = n_classes <= FEW_CLASSES
+    """The fastest layout that all of `tensors` [N, C] allow; `routed`: a row may have another place in each of them.
+
+    `lists`: as in `choose_config`.
+    """
+    several = n_classes <= FEW_CLASSES and not lists
     if (several and routed) or any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
         return Layout(0, 0)
     # A sector of memory in the narrowest type (half of one for codes); a group of a wider type has several.

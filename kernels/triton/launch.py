@@ -15,7 +15,10 @@ from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, empty_
 from amtss_fast.loss.options import LossOptions
 
 from .binary import Launch, launch_all
-from .device.stream import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS, join_normalizers
+from .device.lists import COMPARED, compare_lists
+from .device.pairs import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS
+from .device.stream import join_normalizers
+from .lists import NO_LISTS, has_lists, pack_lists, without_lists
 from .plan import Call, LaunchPlan, describe, make_plan, sums_terms
 from .sums import add, count
 from .teachers import numbers, places, teacher_arguments
@@ -61,7 +64,9 @@ def prepare(
             "grad": grad,
             **(_NO_STATS if stats is None else stats._asdict()),
         }
-        launches += _row_launches(inputs.teacher_logits, options, tensors)
+        packs = has_lists(inputs) and _needs_teachers(options, tensors)
+        tensors |= pack_lists(inputs, launches) if packs else NO_LISTS
+        launches += _row_launches(without_lists(inputs), options, tensors)
     loss = row_loss if options.reduction == "none" else add(row_loss, divisor, options.ignore_index, launches)
     return launches, LossOutputs(loss, grad, stats)
 
@@ -105,7 +110,7 @@ def _choice(weight_temperature: float) -> str:
 
 
 def _call(teachers: Sequence[Tensor], options: LossOptions, choice: str, tensors: dict[str, Any]) -> Call:
-    student, grad, labels = tensors["student"], tensors["grad"], tensors["labels"]
+    student, grad, labels, lists = (tensors[name] for name in ("student", "grad", "labels", "list_classes"))
     return Call(
         student.get_device(),
         student.shape[1],
@@ -116,6 +121,8 @@ def _call(teachers: Sequence[Tensor], options: LossOptions, choice: str, tensors
         _type(tensors["scales"]),
         _type(tensors["exponents"]),
         _type(tensors["places"]),
+        0 if lists is None else lists.shape[-1],
+        lists is not None and len(lists) == len(teachers),
         _type(labels),
         _type(tensors["prior"]),
         _type(tensors["sample_weight"]),
@@ -184,6 +191,8 @@ def _between_kernels(plan: LaunchPlan, n_teachers: int, tensors: dict[str, Any])
         "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if plan.has(join_normalizers) else None,
         "sums": row_loss.new_empty((n_teachers, n_rows, n_chunks, 2)) if sums_terms(plan.divergence) else None,
         "distances": row_loss.new_empty((n_teachers, n_rows, n_chunks)) if stats else None,
+        "compared": row_loss.new_empty((n_teachers, n_rows, COMPARED.value)) if plan.has(compare_lists) else None,
+        "list_bits": row_loss.new_empty(tensors["list_classes"].shape) if plan.has(compare_lists) else None,
     }
 
 

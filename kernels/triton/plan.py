@@ -12,6 +12,7 @@ import triton
 
 from .binary import Binary
 from .config import KINDS, Config, Logits, choose_chunks, choose_config, choose_layout
+from .device.lists import compare_lists
 from .device.stream import chunk_divergences, chunk_gradient, chunk_statistics, join_chunks, join_normalizers
 from .device.tile import fused_tile
 from .teachers import KIND_NUMBERS, SLOTS
@@ -39,6 +40,10 @@ class Call(NamedTuple):
     scales: torch.dtype | None
     exponents: torch.dtype | None
     places: torch.dtype | None
+    list_length: int
+    """Places of a list, 0 without lists."""
+    only_lists: bool
+    """Whether no teacher has logits."""
     labels: torch.dtype | None
     prior: torch.dtype | None
     sample_weight: torch.dtype | None
@@ -86,22 +91,26 @@ def sums_terms(divergence: str) -> bool:
 def make_plan(call: Call) -> LaunchPlan:
     """The plan of a call. Its binaries are compiled at their first launch and kept with the plan."""
     logits = [call.student, *call.teachers, *([call.grad] if call.grad else [])]
-    layout = choose_layout(call.n_classes, logits, call.places is not None, call.divergence)
+    has_lists = call.list_length > 0
+    layout = choose_layout(call.n_classes, logits, call.places is not None, call.divergence, has_lists)
     dtypes = {t.dtype for t in call.teachers}
     teacher = KINDS[call.teachers[0].dtype] if len(dtypes) == 1 else "mixed"
     constants = _constants(call, teacher, layout.group)
     extras = call.ce or call.need_stats
-    config = choose_config(call.n_classes, layout, teacher, extras, call.divergence, call.need_stats)
+    config = choose_config(call.n_classes, layout, teacher, extras, call.divergence, call.need_stats, has_lists)
     if config is not None:
         return LaunchPlan(constants, (_step(fused_tile, config, config.rows, 1),))
-    configs = choose_chunks(layout, teacher, extras, call.divergence, call.need_stats)
+    configs = choose_chunks(layout, teacher, extras, call.divergence, call.need_stats, has_lists)
     n_chunks = triton.cdiv(call.n_classes + layout.slack, configs.statistics.classes)
     union = Config(1, configs.statistics.classes, 32, 255)
     pieces = {"n_chunks": n_chunks, "CHUNKS": triton.next_power_of_2(n_chunks)}
     steps = [_step(chunk_statistics, configs.statistics, 1, n_chunks, n_chunks=n_chunks)]
-    if call.need_stats or call.divergence != "forward_kl":
+    if has_lists or call.need_stats or call.divergence != "forward_kl":
         steps.append(_step(join_normalizers, union, 1, 1 + len(call.teachers), **pieces))
-    if call.need_stats or sums_terms(call.divergence):
+    if has_lists:
+        lists = Config(1, call.list_length, min(256, max(32, call.list_length // 8)), 255)
+        steps.append(_step(compare_lists, lists, 1, len(call.teachers), **pieces))
+    if not call.only_lists and (call.need_stats or sums_terms(call.divergence)):
         steps.append(_step(chunk_divergences, configs.divergences, 1, n_chunks, n_chunks=n_chunks))
     steps.append(_step(join_chunks, union, 1, 1, **pieces))
     if call.grad is not None:
@@ -131,5 +140,6 @@ def _constants(call: Call, teacher: str, group: int) -> dict[str, Any]:
         "DIVERGENCE": call.divergence,
         "CE": call.ce,
         "GROUP": group,
+        "LIST": call.list_length,
         "TEACHERS": triton.next_power_of_2(len(call.teachers)),
     }

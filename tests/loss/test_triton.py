@@ -99,12 +99,28 @@ def test_routed_teachers_stay_within_their_buffers(outputs: list[Fence], n: int,
     assert_fenced(outputs, case)
 
 
+@pytest.mark.parametrize(("n", "c"), [(4, 9), (2, 1201)])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_lists_stay_within_their_buffers(outputs: list[Fence], n: int, c: int, divergence: str) -> None:
+    case = make_case(n, c, 3, temperature=1.0, ce_weight=0.5, divergence=divergence)
+    rows = [torch.arange(1, n, 2), None, None]
+    for k, tail in enumerate(["bucket", "renormalize"]):
+        values, indices = case.teachers[k].log_softmax(-1).topk(5 + 3 * k, dim=-1)
+        values[0, 1] = -torch.inf
+        own = slice(None) if rows[k] is None else rows[k]
+        case.teachers[k] = TopKLogprobs(indices[own], values[own], tail)
+    case.options["teacher_rows"] = rows
+    assert_fenced(outputs, case)
+
+
 def assert_fenced(outputs: list[Fence], case: Case) -> None:
     inputs = []
 
     def fence(t: Any) -> Any:
         if isinstance(t, list):
             return [fence(one) for one in t]
+        if isinstance(t, TopKLogprobs):
+            return TopKLogprobs(*map(fence, t))
         if not torch.is_tensor(t):
             return t
         # NaN around an input makes reads outside of it visible.
@@ -274,10 +290,10 @@ def test_without_distillation_no_teacher_is_read(outputs: list[Fence], c: int) -
     assert len(outputs) >= 3
 
 
-def test_lists_are_refused() -> None:
-    top = TopKLogprobs(torch.tensor([[0, 1]]), torch.tensor([[-1.0, -2.0]]))
-    with pytest.raises(RuntimeError, match=r'teacher_logits\[1\] is a list .*; use backend="reference"'):
-        amtss_loss(torch.randn(1, 5), [torch.randn(1, 5), top], temperature=1.0, backend="triton")
+def test_long_lists_are_refused() -> None:
+    top = TopKLogprobs(torch.arange(4096)[None], torch.full((1, 4096), -9.0))
+    with pytest.raises(RuntimeError, match=r"teacher_logits\[1\] lists 4096 classes of a row, allowed are 4095"):
+        amtss_loss(torch.randn(1, 5000), [torch.randn(1, 5000), top], temperature=1.0, backend="triton")
 
 
 # Tests of compilations run in a process of their own, because the interpreter replaces the compiler.

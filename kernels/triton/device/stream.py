@@ -12,6 +12,7 @@ from amtss_fast._compat.triton import jit_without_specialization as kernel
 
 from .divergences import compare
 from .inputs import load_teacher, read_exponent, read_prior, read_row_inputs
+from .lists import COMPARED, find_list, listed_bits, rest_logits, unless_listed
 from .loss import (
     cross_entropy,
     cross_entropy_gradient,
@@ -22,47 +23,20 @@ from .loss import (
 )
 from .margins import LN2, admit, margin_label, margin_of, spread_of, stand_out
 from .memory import columns_of, load_tile, place_tile, store_tile
-
-# The kernels pass on pairs of numbers, because a pair is loaded and stored as one number. The pairs of a chunk are
-# [N, chunks, 2] each. For the student: the maximum and sum exp2(b); the two logits of the margin (-inf if they are in
-# other chunks); for the cross entropy the label's logit and sum exp2(b tau), then sum b and the number of classes.
-STUDENT_CHUNK_PAIRS = tl.constexpr(4)
-# For each teacher: the maximum and sum exp2(a); the two logits of the margin; the sum of :func:`relative_sum` and, for
-# the stats, the sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
-TEACHER_CHUNK_PAIRS = tl.constexpr(4)
-# The pairs of a row are [N, 2] each. For the student: the maximum and the factor of exp2(b); the factors of exp2(b tau)
-# and of the target. For each teacher: the maximum and the factor of exp2(a). If the divergence is not the forward KL,
-# the first of the student is the sum of all slopes and the factor of the gradient, and of a teacher only its factor
-# is there.
-STUDENT_PAIRS = tl.constexpr(2)
-
-
-@triton.jit
-def load_pair(pointer, mask=None):
-    """Two consecutive numbers, 0 outside of `mask`."""
-    pointer = pointer.to(tl.pointer_type(tl.int64))
-    both = tl.load(pointer) if mask is None else tl.load(pointer, mask, other=0)
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_pair(pointer, a, b):
-    low = a.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    high = b.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    tl.store(pointer.to(tl.pointer_type(tl.int64)), high | low)
+from .pairs import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS, load_pair, store_pair
 
 
 @kernel
 def chunk_statistics(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, exponents, places, labels, prior, fields, student_margin,
+    scales, exponents, places, labels, prior, lists, list_classes, fields, student_margin,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     ignore_index: tl.int64, unlabeled_index: tl.int64, exponent: tl.float32, temperature: tl.float32,
     WEIGHTING: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     teachers = (
         (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
@@ -95,11 +69,19 @@ def chunk_statistics(
 
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, row, counts, n_rows)
+        exponent_t = read_exponent(exponents, k, exponent)
+        wanted = alpha > 0
+        if lists is not None:
+            number, begin = find_list(k, row, lists, places, n_rows, LIST)
+            wanted = unless_listed(wanted, number)
         t, start = load_teacher(
-            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP
+            k, teachers, scales, places, tile, counts, wanted, n_rows, n_classes, n_teachers, TEACHER, GROUP
         )
+        if lists is not None:
+            t = rest_logits(number, t, s, start, list_classes + begin, n_classes, LIST)
+            exponent_t = tl.where(number >= 0, exponent, exponent_t)
         top, own, rest = stand_out(t, start, compared)
-        a = (t - tl.where(top == float("-inf"), 0.0, top)) * read_exponent(exponents, k, exponent)
+        a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent_t
         e = tl.exp2(a)
         store_pair(out, top, tl.sum(e, 0))
         store_pair(out + plane, own, rest)
@@ -159,7 +141,7 @@ def join_normalizers(
 @kernel
 def chunk_divergences(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, exponents, places, labels, prior, normalizers, sums, distances,
+    scales, exponents, places, labels, prior, lists, normalizers, sums, distances,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
@@ -167,10 +149,11 @@ def chunk_divergences(
     ignore_index: tl.int64, unlabeled_index: tl.int64,
     exponent: tl.float32, mixing: tl.float32, unmixing: tl.float32,
     DIVERGENCE: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
+    LIST: tl.constexpr,
 ):  # fmt: skip
     """The sums of the terms of D and of its slopes, pairs [K, N, chunks, 2]; for the stats sum |q - p|, [K, N, chunks].
 
-    Either may be None.
+    Either may be None. Those of a teacher with a list have no meaning.
     """
     teachers = (
         (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
@@ -186,9 +169,13 @@ def chunk_divergences(
     b = (s - top) * exponent
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, row, counts, n_rows)
+        wanted = alpha > 0
+        if lists is not None:
+            number, _ = find_list(k, row, lists, places, n_rows, LIST)
+            wanted = unless_listed(wanted, number)
         top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
         t, _ = load_teacher(
-            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP
+            k, teachers, scales, places, tile, counts, wanted, n_rows, n_classes, n_teachers, TEACHER, GROUP
         )
         a = (t - top) * read_exponent(exponents, k, exponent)
         p = tl.exp2(a) * inverse
@@ -217,7 +204,7 @@ def join_margins(pairs, held, tops, top, target):
 
 @kernel
 def join_chunks(
-    labels, prior, exponents, places, sample_weight, divisor, fields, sums, distances, factors,
+    labels, prior, exponents, places, sample_weight, divisor, lists, compared, fields, sums, distances, factors,
     row_loss, weights, margins, kd, student_margin, teacher_scale, pull,
     prior_stride_k: tl.int64, prior_stride_n: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
@@ -232,7 +219,7 @@ def join_chunks(
         labels, sample_weight, row, n_rows, n_classes, ignore_index, unlabeled_index
     )
     labeled = target >= 0
-    compared = margin_label(target, WEIGHTING)
+    margin_class = margin_label(target, WEIGHTING)
     plane = 2 * n_rows * n_chunks
     chunks = tl.arange(0, CHUNKS)
     held = counts & (chunks < n_chunks)  # [CHUNKS]
@@ -245,7 +232,7 @@ def join_chunks(
     total_s = tl.sum(totals_s * tl.exp2(g), 0)
     log_total_s = tl.log2(total_s)
     if student_margin is not None:
-        own, rest = join_margins(into_s + plane, held, tops, top_s, compared)
+        own, rest = join_margins(into_s + plane, held, tops, top_s, margin_class)
         margin = margin_of(own, rest, top_s, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + row, tl.where(counts, margin, 0.0))
 
@@ -279,16 +266,29 @@ def join_chunks(
             kls, tilts = load_pair(sums + 2 * at, held)
             kl = tl.sum(kls, 0)
             slopes = tl.where(ks == k, tl.sum(tilts, 0), slopes)
-        own, rest = join_margins(into + plane, held, tops, top, compared)
+        own, rest = join_margins(into + plane, held, tops, top, margin_class)
         margin = margin_of(own, rest, top, total, 1 / total, exponent_t, WEIGHTING)
+        if lists is not None:
+            listed = tl.load(lists + k).to(tl.int32) >= 0
+            found = compared + COMPARED * (k * n_rows + row)
+            kl = tl.where(listed, tl.load(found), kl)
+            slopes = tl.where(listed & (ks == k), tl.load(found + 1), slopes)
+            margin = tl.where(listed, tl.load(found + 2), margin)
+            # Its probabilities need no division.
+            total = tl.where(listed, 1.0, total)
         if weights is not None:
             means, sizes = load_pair(into + 3 * plane, held)
             means = tl.where(sizes > 0, means + (tops - top), 0.0)
             size = tl.maximum(tl.sum(sizes, 0), 1.0)
             means -= tl.sum(sizes * means, 0) / size
             scale = tl.sqrt(tl.sum(squares + sizes * means * means, 0) / size)
+            if lists is not None:
+                scale = tl.where(listed, tl.load(found + 3), scale)
             tl.store(teacher_scale + k * n_rows + row, tl.where(alpha > 0, scale, 0.0))
-            apart = tl.where(ks == k, tl.sum(tl.load(distances + at, held, other=0), 0), apart)
+            distance = tl.sum(tl.load(distances + at, held, other=0), 0)
+            if lists is not None:
+                distance = tl.where(listed, tl.load(found + 4), distance)
+            apart = tl.where(ks == k, distance, apart)
         into += TEACHER_CHUNK_PAIRS * plane
 
         share, keep, best, mass, divergence = admit(margin, alpha, kl, best, mass, divergence, sharpness, CHOICE)
@@ -342,13 +342,13 @@ def join_chunks(
 @kernel
 def chunk_gradient(
     student, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, teacher_table,
-    scales, exponents, places, labels, normalizers, factors, grad,
+    scales, exponents, places, labels, lists, list_classes, list_bits, normalizers, factors, grad,
     row_stride: tl.int64, class_stride: tl.int64,
     teacher_stack: tl.int64, teacher_row_stride: tl.int64, teacher_class_stride: tl.int64, teacher_kinds: tl.int64,
     n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
     exponent: tl.float32, temperature: tl.float32, mixing: tl.float32, unmixing: tl.float32,
     label_smoothing: tl.float32, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     teachers = (
         (t0, t1, t2, t3, t4, t5, t6, t7), (t8, t9, t10, t11, t12, t13, t14, t15),
@@ -375,16 +375,28 @@ def chunk_gradient(
     for k in range(n_teachers):
         top, factor = load_pair(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row))
         taught = factor != 0
+        wanted = taught
+        if lists is not None:
+            number, begin = find_list(k, row, lists, places, n_rows, LIST)
+            wanted = unless_listed(taught, number)
         t, start = load_teacher(
-            k, teachers, scales, places, tile, taught, taught, n_rows, n_classes, n_teachers, TEACHER, GROUP
+            k, teachers, scales, places, tile, taught, wanted, n_rows, n_classes, n_teachers, TEACHER, GROUP
         )
         exponent_t = read_exponent(exponents, k, exponent)
+        if DIVERGENCE != "forward_kl":
+            top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
+        a = (t - top) * exponent_t
+        if lists is not None:
+            shift = normalizers + 2 * ((1 + k) * n_rows + row)
+            a = listed_bits(
+                number, a, s, start, shift, exponent, list_classes + begin, list_bits + begin, n_classes, LIST
+            )
+            if DIVERGENCE != "forward_kl":
+                inverse = tl.where(number >= 0, 1.0, inverse)
         if DIVERGENCE == "forward_kl":
-            e = tl.exp2((t - top) * exponent_t) * factor
+            e = tl.exp2(a) * factor
             g -= tl.where(factor == 0, 0.0, e)
         else:
-            top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
-            a = (t - top) * exponent_t
             log_ratio = tl.log2(inverse) - tl.log2(inverse_s)
             p = tl.exp2(a) * inverse
             q = tl.exp2(b) * inverse_s
