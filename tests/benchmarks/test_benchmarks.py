@@ -124,6 +124,25 @@ def test_rivals_of_the_heads_must_agree(dtype: torch.dtype, monkeypatch: pytest.
             bench.check_agreement(losses | {"wrong": lambda x, f=losses["torch"]: 1.05 * f(x)}, inputs, divergence)
 
 
+def test_bench_divergences(tmp_path: Path) -> None:
+    file, script = tmp_path / "figures.json", SCRIPT.with_name("bench_divergences.py")
+    command = [sys.executable, str(script), "--case", "64,2,3", "--divergences", "jsd,tvd", "--seconds", "0.1"]
+    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert [row["rival"] for row in figures["rows"]] == ["forward_kl", "jsd", "tvd"]
+
+
+def test_experts_agree_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's steps check each other before they are timed."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench = importlib.import_module("bench_experts")
+    for steps, wanting in (bench.lists(6, 300, 5), bench.routed(40, 3, 50, 8)):
+        for step in steps.values():
+            assert step().isfinite()
+        assert all(tensor.grad is not None for tensor in wanting)
+
+
 def test_students_side_by_side_are_the_librarys_student_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     side = importlib.import_module("students")
