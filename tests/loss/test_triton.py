@@ -100,13 +100,16 @@ def test_routed_teachers_stay_within_their_buffers(outputs: list[Fence], n: int,
 
 
 @pytest.mark.parametrize(("n", "c"), [(4, 9), (2, 1201)])
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
 def test_lists_stay_within_their_buffers(outputs: list[Fence], n: int, c: int, divergence: str) -> None:
     case = make_case(n, c, 3, temperature=1.0, ce_weight=0.5, divergence=divergence)
     rows = [torch.arange(1, n, 2), None, None]
     for k, tail in enumerate(["bucket", "renormalize"]):
         values, indices = case.teachers[k].log_softmax(-1).topk(5 + 3 * k, dim=-1)
         values[0, 1] = -torch.inf
+        if tail == "bucket":
+            # The rest is all there is.
+            values[1] = -torch.inf
         own = slice(None) if rows[k] is None else rows[k]
         case.teachers[k] = TopKLogprobs(indices[own], values[own], tail)
     case.options["teacher_rows"] = rows
@@ -341,12 +344,17 @@ def tensor(n, c, dtype=torch.float32, offset=0, row=0):
 
 def planned(student, teachers, labels=True, prior=None, mask=None, weight=None, items=None, beta=1.0, ce=0.5,
          weighting="label_margin", reduction="mean", grad=True, stats=False, divergence="forward_kl", mix=None,
-         temperature=None, rows=False):
+         temperature=None, rows=False, listed=0):
     labels = torch.zeros(len(student), dtype=torch.int64) if labels else None
     scale = [torch.empty(len(student)) if t.dtype == torch.uint8 else None for t in teachers]
     inputs = loss_inputs(student, teachers, scale, scale, labels=labels, teacher_prior=prior, teacher_mask=mask,
                          sample_weight=weight, num_items=items,
                          teacher_rows=[torch.arange(len(student))] * len(teachers) if rows else [])
+    if listed:
+        entries = torch.zeros(len(student), listed)
+        inputs = inputs._replace(teacher_logits=[entries, *teachers], teacher_row_max=[], teacher_step=[],
+                                 teacher_indices=[entries.long(), *[None] * len(teachers)],
+                                 teacher_bucket=[False] * (1 + len(teachers)))
     options = LossOptions(weighting=weighting, weight_temperature=beta, ce_weight=ce, label_smoothing=0.1,
                           reduction=reduction, divergence=divergence, divergence_beta=mix,
                           teacher_temperature=temperature)
@@ -388,6 +396,10 @@ for c, n, offset, row in itertools.product((3, 40, 301, 9000), (1, 32, 600, 70_0
         ):
             check(c, student, teachers, **options)
         check(c, student, [*teachers * 10, tensor(n, c, s, 0, 5)])
+for c, n, length, stats in itertools.product((3, 301, 9000), (1, 32), (2, 3, 40), (False, True)):
+    for teachers in ([], [tensor(n, c)], [tensor(n, c, bf16)]):
+        for p in planned(tensor(n, c), teachers, listed=length, stats=stats, divergence="jsd")[0]:
+            key(p)
 assert len(seen) > 300 and {len(found) for found in seen.values()} == {1}, len(seen)
 """
     tiles, plans, rows, chunks = run_compiling(script).splitlines()
@@ -481,10 +493,13 @@ gpu_static.main()
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 @pytest.mark.parametrize(("n", "c", "k"), [*SHAPES, (9, 65, 18)])
-@pytest.mark.parametrize("routed", [False, True])
-def test_in_a_cuda_graph_without_synchronisation(n: int, c: int, k: int, routed: bool) -> None:
+@pytest.mark.parametrize("how", ["dense", "routed", "listed"])
+def test_in_a_cuda_graph_without_synchronisation(n: int, c: int, k: int, how: str) -> None:
     case = make_case(n, c, k, masked=True, ce_weight=0.5)
-    if routed:
+    if how == "listed":
+        values, indices = case.teachers[0].log_softmax(-1).topk(2, dim=-1)
+        case.teachers[0] = TopKLogprobs(indices, values, "renormalize")
+    if how == "routed":
         case.options |= {"divergence": "jsd", "teacher_temperature": 1.0, "teacher_rows": [torch.arange(n - 1)] * k}
         case.teachers = [t[: n - 1] for t in case.teachers]
     student = case.student.requires_grad_()

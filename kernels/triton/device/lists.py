@@ -146,14 +146,20 @@ def compare_lists(
         # Rounding may leave a rest where there is no class to have it, or less than none.
         rest_p = tl.where(has_mass, tl.maximum(1 - total, 0.0), 0.0)
         rest_p = tl.where(tl.sum(exists.to(tl.int32), 0) < n_classes, rest_p, 0.0)
+        log_rest_p = tl.log2(rest_p)
         log_rest_q = (top - top_s) * exponent + (tl.log2(rest) + tl.log2(inverse_s))
 
         where = student + row * row_stride + listed.to(tl.int64) * class_stride
         s = tl.load(where, exists & (listed >= 0) & (listed < n_classes), other=float("-inf")).to(tl.float32)
         is_rest = at == LIST - 1
-        log_p = tl.where(is_rest, tl.log2(rest_p), bits)
+        log_p = tl.where(is_rest, log_rest_p, bits)
         log_q = tl.where(is_rest, log_rest_q, (s - top_s) * exponent + tl.log2(inverse_s))
         divergence, slope, distance = compare_classes(log_p, log_q, mixing, unmixing, DIVERGENCE)
+        if DIVERGENCE == "tvd":
+            # Slopes have the sign of q - p only, which rounding must not give to some classes of the rest.
+            log_rest_p += tl.where(log_rest_p > log_rest_q, 1.0, -1.0)
+            log_p = tl.where(is_rest, log_rest_p, bits)
+            _, slope, _ = compare_classes(log_p, log_q, mixing, unmixing, DIVERGENCE)
         target = n_classes * 0 - 1
         if labels is not None:
             label = tl.load(labels + row)
@@ -171,6 +177,6 @@ def compare_lists(
         store_pair(
             normalizers + 2 * ((1 + k) * n_rows + row),
             top,
-            tl.where(rest == 0, float("-inf"), tl.log2(rest_p) - tl.log2(rest)),
+            tl.where(rest == 0, float("-inf"), log_rest_p - tl.log2(rest)),
         )
         tl.store(list_bits + begin + at, bits)
