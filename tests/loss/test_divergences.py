@@ -107,6 +107,9 @@ def test_budget_of_mixed_types(backend: str, divergence: str, c: int) -> None:
 @pytest.mark.parametrize("c", [3, 33, 2000, 20_000])
 def test_equal_logits_have_no_gradient(backend: str, divergence: str, c: int) -> None:
     """Exactly, unlike most peers': a student that has arrived stays."""
+    if is_interpreted(backend):
+        # Chunks of a row, as with more classes.
+        c = min(c, 5003)
     n = 2 if is_interpreted(backend) and c > 100 else 6
     logits = 3 * torch.randn(n, c)
     result = Case(logits, [logits], torch.arange(n) % c, {"divergence": divergence}).run(backend)
@@ -215,7 +218,10 @@ def routed(case: Case, rows: list[Tensor | None]) -> tuple[Case, Case]:
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("c", [3, 50, 700, 9000])
 def test_routed_teachers_are_masked_ones(backend: str, divergence: str, c: int) -> None:
-    n = 4 if is_interpreted(backend) and c > 100 else 22
+    if is_interpreted(backend):
+        # Chunks of a row, as with more classes.
+        c = min(c, 4500)
+    n = 2 if is_interpreted(backend) and c > 100 else 22
     case = make_case(n, c, 4, ce_weight=0.5, divergence=divergence, teacher_dtypes=[torch.float32, torch.bfloat16] * 2)
     case.teachers[2] = quantize_logits(case.teachers[2])
     rows = [torch.arange(0, n, 2), None, torch.arange(1, n, 3), torch.tensor([], dtype=torch.int64)]
@@ -308,7 +314,7 @@ def test_the_rest_is_one_class(divergence: str) -> None:
 def test_budget_of_lists(backend: str, divergence: str, c: int) -> None:
     """Lists that overlap, beside dense teachers: of some rows, in 16 bits, with padding, without some labels."""
     slow = is_interpreted(backend)
-    if slow and c > 10_000:
+    if slow and c != 1200:
         pytest.skip("too slow in the interpreter; 1200 classes take the same way")
     n = 4 if slow else 21
     tails = ["bucket"] if divergence == "reverse_kl" else ["bucket", "renormalize"]

@@ -185,16 +185,6 @@ class Interpreted:
 
 
 @pytest.fixture(autouse=True)
-def _backend_takes_the_divergence(request: pytest.FixtureRequest, backend: str) -> None:
-    parameters = request.node.callspec.params
-    options = parameters["options"] if "options" in parameters else forward_reverse_or_jsd(parameters["beta"])
-    try:
-        amtss_loss(torch.zeros(1, 2), torch.zeros(1, 1, 2), backend=backend, **options)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(autouse=True)
 def _kernels_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None:
         return
