@@ -84,7 +84,7 @@ def test_budget(backend: str, divergence: str, n: int, c: int) -> None:
     slow = is_interpreted(backend) and c >= 1000
     if slow and c > 10_000:
         pytest.skip("too slow in the interpreter; 5003 classes take the same way")
-    for extra in EXTRAS[:1] if slow else EXTRAS:
+    for extra in EXTRAS[:1] if is_interpreted(backend) else EXTRAS:
         for beta in BETAS.get(divergence, (None,)):
             # In the interpreter, enough rows for two programs.
             few = 2 if slow else min(n, 800 // c) if is_interpreted(backend) else n
