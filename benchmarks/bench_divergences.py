@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bench_loss import parse_case
-from cases import TEMPERATURE, Case, Loss, default_device, distance, machine, plain, step, time_interleaved
+from cases import TEMPERATURE, Case, Loss, default_device, distance, machine, plain, record, step, time_interleaved
 from torch import Tensor
 
 from amtss_fast import amtss_loss
-from amtss_fast._system.files import write_atomically
 from amtss_fast.loss.options import DIVERGENCES, LossKeywords
 
 Row = dict[str, str | int | float]
@@ -109,22 +107,16 @@ def main() -> None:
     if unknown := set(divergences) - set(DIVERGENCES):
         parser.error(f"--divergences must be among {', '.join(DIVERGENCES)}, got {', '.join(sorted(unknown))}")
 
-    about = machine()
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     columns = ("median ms", "25 %", "75 %", "/first")
     print(f"\n{'case':32} {'rival':>30}", *(f"{column:>9}" for column in columns))
-    key = "compiled" if args.compiled else "rows"
-    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for case in args.case or (COMPILED if args.compiled else CASES):
         compare = beside_torch_compile if args.compiled else beside_the_forward_kl
         measured = compare(case, divergences, args.seconds)
         for row in measured:
             figures = (f"{value:9.3f}" for value in row.values() if isinstance(value, float))
             print(f"{row['case']:32} {row['rival']:>30}", *figures, flush=True)
-        results["machine"] = about
-        results[key] = [row for row in results.get(key, []) if row["case"] != str(case)] + measured
-        if args.json:
-            write_atomically(args.json, json.dumps(results, indent=1) + "\n")
+        record(args.json, measured, "compiled" if args.compiled else "rows")
 
 
 if __name__ == "__main__":

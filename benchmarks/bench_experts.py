@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cases import default_device, distance, machine, peak_memory, time_interleaved
+from cases import default_device, distance, machine, peak_memory, record, time_interleaved
 from torch import Tensor
 
 from amtss_fast import TopKLogprobs, amtss_loss, linear_amtss_loss
-from amtss_fast._system.files import write_atomically
 
 Row = dict[str, str | int | float]
 Step = Callable[[], Tensor]
@@ -153,22 +151,19 @@ def main() -> None:
     parser.add_argument("--only", choices=["lists", "routed"])
     parser.add_argument("--rows", type=int, help="default: 1,024 with lists, 2,048 routed")
     parser.add_argument("--seconds", type=float, default=40, help="for each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="cases already in it are replaced, others kept")
     args = parser.parse_args()
-    about = machine()
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     columns = ("median ms", "25 %", "75 %", "/first", "MB", "/gradient")
     print(f"\n{'case':20} {'rival':>14}", *(f"{column:>10}" for column in columns))
-    measured: list[Row] = []
     for name, n_rows in (("lists", 1024), ("routed", 2048)):
         if args.only not in (None, name):
             continue
-        for row in bench(name, args.rows or n_rows, args.seconds):
+        measured = bench(name, args.rows or n_rows, args.seconds)
+        for row in measured:
             figures = (f"{value:10.4g}" for value in row.values() if isinstance(value, float))
             print(f"{row['case']:20} {row['rival']:>14}", *figures, flush=True)
-            measured.append(row)
-    if args.json:
-        write_atomically(args.json, json.dumps({"machine": about, "rows": measured}, indent=1) + "\n")
+        record(args.json, measured)
 
 
 if __name__ == "__main__":

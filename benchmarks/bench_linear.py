@@ -21,18 +21,16 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import TEMPERATURE, default_device, distance, machine, peak_memory, plain, time_interleaved
+from cases import TEMPERATURE, default_device, distance, machine, peak_memory, plain, record, time_interleaved
 from torch import Tensor
 
 from amtss_fast import linear_amtss_loss
-from amtss_fast._system.files import write_atomically
 from amtss_fast.loss.options import Divergence
 
 Row = dict[str, str | int | float]
@@ -306,21 +304,16 @@ def main() -> None:
     if "native" not in names:
         parser.error("--rivals must name native: the others are compared with it")
 
-    about = machine()
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     columns = ("median ms", "25 %", "75 %", "GFLOP/s", "/native", "MB", "head err.")
     print(f"\n{'case':35} {'rival':>13}", *(f"{column:>9}" for column in columns))
-    rows: list[Row] = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for case in args.case or (NAMED_ON_A_GPU if torch.cuda.is_available() else NAMED):
         measured = bench(case, names, args.divergence, args.seconds, args.least)
         for row in measured:
             figures = (f"{value:9.4g}" for key, value in row.items() if isinstance(value, float))
             print(f"{row['case']:35} {row['rival']:>13}", *figures, flush=True)
-            row["date"] = about["date"]
-        rows = [row for row in rows if row["case"] != measured[0]["case"]] + measured
-        if args.json:
-            # After every case, so that what a run that was stopped has measured is there.
-            write_atomically(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        # After every case, so that what a run that was stopped has measured is there.
+        record(args.json, measured)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import importlib
+import json
 import platform
 import re
 import statistics
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import amtss_fast
 from amtss_fast import _cpu, amtss_loss
+from amtss_fast._system.files import write_atomically
 from amtss_fast.loss.backends import cpu
 
 TEMPERATURE = 2.0
@@ -334,3 +336,15 @@ def machine() -> dict[str, str | int | float]:
         "amtss_fast": amtss_fast.__version__,
         "system": platform.platform(),
     }
+
+
+def record(path: Path | None, rows: Sequence[Mapping[str, object]], key: str = "rows") -> None:
+    """Adds `rows`, with the date of each, to the results in a JSON file, in place of those of the same cases."""
+    if path is None:
+        return
+    about = machine()
+    results = json.loads(path.read_text()) if path.exists() else {}
+    cases = {row["case"] for row in rows}
+    kept = [row for row in results.get(key, []) if row["case"] not in cases]
+    results |= {"machine": about, key: kept + [{**row, "date": about["date"]} for row in rows]}
+    write_atomically(path, json.dumps(results, indent=1) + "\n")

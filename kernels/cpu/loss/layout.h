@@ -30,6 +30,10 @@ struct List {
     float far_origin, far_factor;  // of their exponentials less another origin, where the rest is tiny; factor 0: it is not
 
     int32_t begin(int64_t b) const { return b ? end[b - 1] : 0; }
+    // Moves the origin of `rest` down by `shift`.
+    void rebase(double shift, const Exponent& exponent) {
+        if (rest != 0 && shift != 0) rest *= exp(float(shift), exponent);
+    }
 };
 
 // The classes of a block that some teacher lists.

@@ -63,9 +63,8 @@ void Worker::measure_row(int lane) {
         const double student_shift = double(before) - s.origin;
         for (int64_t j = 1; list && j < layout.tensors; j++) {
             if (!list[j - 1].taken) continue;
-            double& rest = list[j - 1].rest;
-            if (rest != 0 && student_shift != 0) rest *= exp(float(student_shift), soft[0].exponent);
-            rest += sum_rest(j, b, layout.keep ? kept_row(lane, 0) + from : fresh, count, block_z);
+            list[j - 1].rebase(student_shift, soft[0].exponent);
+            list[j - 1].rest += sum_rest(j, b, layout.keep ? kept_row(lane, 0) + from : fresh, count, block_z);
         }
         if (cross) {
             if (cross_z != 0) cross_z *= exp(float(student_shift), sharp);
@@ -112,7 +111,7 @@ void Worker::measure_row(int lane) {
     for (int64_t j = 0; j < layout.tensors; j++) {
         if (j > 0 && tensor[j].alpha[lane] == 0) continue;
         if (is_list(j)) {
-            if (list[j - 1].rest != 0 && student_shift != 0) list[j - 1].rest *= exp(float(student_shift), soft[0].exponent);
+            list[j - 1].rebase(student_shift, soft[0].exponent);
             measure_list(j, lane);
             continue;
         }

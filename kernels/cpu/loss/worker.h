@@ -17,6 +17,18 @@ struct Softness {
 
 static_assert(sizeof(Softness) == softness_bytes);
 
+// Takes pieces of memory, one after the other.
+struct Pieces {
+    char* next;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* const taken = (T*)next;
+        next += Layout::rounded(count * int64_t(sizeof(T)));
+        return taken;
+    }
+};
+
 struct Worker {
     const Problem& p;
     const Layout layout;
@@ -30,57 +42,46 @@ struct Worker {
     Running* running;   // [tensors]
     Softness* soft;     // [tensors]
     float *student, *teacher, *gradient, *fresh;  // [block] each
-    float* kept;     // exponentials [tile, slots, width]; by columns: [tensors + 2, classes, lanes]
+    float* kept;     // exponentials [tile, slots, width]; by columns: [columns, classes, lanes], the tensors' first
     float* flat;     // by columns: [lanes, classes], the rows of one tensor
     float* origins;  // [tile, slots, blocks]: the origin of each kept block
     int32_t* slot;   // [tile, tensors]: of those that a row has
     float* slopes;   // [width]: of a row whose exponentials are not kept, see compare.h
-    List* list;      // [teachers], see lists.h; null: they all give logits
+    List* list = nullptr;  // [teachers], see lists.h; null: they all give logits
     Listed listed;
 
     Worker(const Problem& problem, char* memory)
         : p(problem), layout(problem), sharp(1) {
         slopes = (float*)(memory + scratch_bytes);
-        place_lists(memory + scratch_bytes + layout.slopes_bytes(p));
-        const auto take = [&](int64_t bytes) {
-            char* taken = memory;
-            memory += Layout::rounded(bytes);
-            return taken;
-        };
-        row = (Rows*)take(layout.groups * sizeof(Rows));
-        tensor = (Measured*)take(layout.groups * layout.tensors * sizeof(Measured));
-        running = (Running*)take(layout.tensors * sizeof(Running));
-        soft = (Softness*)take(layout.tensors * sizeof(Softness));
+        if (p.has_lists()) place_lists({memory + scratch_bytes + layout.slopes_bytes(p)});
+        Pieces pieces{memory};
+        row = pieces.take<Rows>(layout.groups);
+        tensor = pieces.take<Measured>(layout.groups * layout.tensors);
+        running = pieces.take<Running>(layout.tensors);
+        soft = pieces.take<Softness>(layout.tensors);
         for (int64_t j = 0; j < layout.tensors; j++) {
             const double tau = matrix(j).temperature;
             const Exponent e(tau);
             const float steepest = std::max(e.hi, j == 0 && layout.separate_ce ? sharp.hi : 0.0f);
             soft[j] = {e, float(1 / tau), float(p.temperature / tau), 8 / steepest};
         }
-        student = (float*)take(block * sizeof(float));
-        teacher = (float*)take(block * sizeof(float));
-        gradient = (float*)take(block * sizeof(float));
-        fresh = (float*)take(block * sizeof(float));
-        slot = (int32_t*)take(layout.by_columns ? 0 : layout.tile * layout.tensors * sizeof(int32_t));
-        origins = (float*)take(layout.keep ? layout.tile * layout.slots * layout.blocks * sizeof(float) : 0);
-        kept = (float*)memory;
+        student = pieces.take<float>(block);
+        teacher = pieces.take<float>(block);
+        gradient = pieces.take<float>(block);
+        fresh = pieces.take<float>(block);
+        slot = pieces.take<int32_t>(layout.by_columns ? 0 : layout.tile * layout.tensors);
+        origins = pieces.take<float>(layout.keep ? layout.tile * layout.slots * layout.blocks : 0);
+        kept = (float*)pieces.next;
         flat = kept + layout.columns * p.classes * layout.lanes;
     }
 
-    void place_lists(char* memory) {
-        list = nullptr;
-        if (!p.has_lists()) return;
-        const auto take = [&](int64_t bytes) {
-            char* taken = memory;
-            memory += Layout::rounded(bytes);
-            return taken;
-        };
-        list = (List*)take(p.teachers * sizeof(List));
-        listed = {(uint8_t*)take(block), (int32_t*)take(block * sizeof(float)), (float*)take(block * sizeof(float))};
+    void place_lists(Pieces pieces) {
+        list = pieces.take<List>(p.teachers);
+        listed = {pieces.take<uint8_t>(block), pieces.take<int32_t>(block), pieces.take<float>(block)};
         __builtin_memset(listed.mark, 0, block);
         for (int64_t k = 0; k < p.teachers; k++) {
             const int64_t size = p.teacher[k].listed;
-            int32_t* const own = (int32_t*)take(layout.list_bytes(p.teacher[k]));
+            int32_t* const own = (int32_t*)pieces.take<char>(layout.list_bytes(p.teacher[k]));
             float* const values = (float*)(own + layout.blocks + 1 + size);
             list[k] = {own, own + layout.blocks + 1, values, values + size, 0, false, 0, 0, 0, 0};
         }
