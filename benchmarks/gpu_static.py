@@ -21,6 +21,7 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+from unittest import mock
 
 import torch
 import triton
@@ -69,8 +70,10 @@ CLASSES_OF_OTHER_TYPES = [3, 100, 256, 1024, 5000, 250_002]
 # Divergences other than the forward KL, and classes for one of each kind of their tiles and chunks.
 OTHER_DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)[1:]
 CLASSES_OF_DIVERGENCES = [3, 15, 32, 100, 256, 1024, 250_002]
+# Classes that a teacher with a list gives of a row, and how many classes there are.
+LISTED, CLASSES_OF_LISTS = 64, 250_002
 # Ways to call the loss, see `launches`.
-CALLS = ["loss", "all", "strided", "mixed"]
+CALLS = ["loss", "all", "two reads", "strided", "mixed"]
 
 _SHORT = {
     torch.float32: "fp32",
@@ -98,7 +101,7 @@ class Static(NamedTuple):
     fits_shared: bool
     load_bits: int
     read_bytes_per_logit: float | None
-    """None: the kernel reads no logits, or several types of them."""
+    """By each step of a row. None: the kernel reads no logits, or several types of them."""
     written_bytes_per_logit: float | None
     occupancy: float
 
@@ -133,9 +136,10 @@ def launches(
 ) -> list[Launch]:
     """What the library would launch.
 
-    `call`: "loss" and its gradient, without labels and weights; "all" options and outputs at once; "strided": the same
-    with logits of any strides; "mixed": the same with 17 teachers of any type and strides, beside a student of type
-    `student`.
+    `call`: "loss" and its gradient, without labels and weights; "all" options and outputs at once; "two reads": the
+    same, but long rows are read twice, none for others; "strided": the same as "all" with logits of any strides;
+    "mixed": the same with 17 teachers of any type and strides, beside a student of type `student`; "lists": the same
+    with a teacher that lists `LISTED` classes beside one with logits.
     """
     n_rows, n_teachers = 16, 17 if call == "mixed" else 2
     kinds = [*_SHORT][:4] * 5 if call == "mixed" else [teacher] * n_teachers
@@ -146,17 +150,35 @@ def launches(
         logits[-1] = _on_device(n_classes, n_rows, logits[-1].dtype).t()
     rows = torch.empty(n_rows)
     scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
-    rest: dict[str, torch.Tensor] = {"num_items": torch.tensor(16.0)}
+    rest: dict[str, Any] = {"num_items": torch.tensor(16.0)}
     if call != "loss":
         prior = torch.empty(n_teachers, n_rows)
         rest |= {"labels": torch.zeros(n_rows, dtype=torch.int64), "teacher_prior": prior, "teacher_mask": prior > 0}
         rest["sample_weight"] = rows
+    if call == "lists":
+        logits[1], scales[0] = torch.empty(n_rows, LISTED), None
+        rest["teacher_indices"] = [torch.empty(n_rows, LISTED, dtype=torch.int64), None]
+        rest["teacher_bucket"] = [True, False]
     planned: list[Launch]
     inputs = loss_inputs(logits[0], logits[1:], scales, scales, **rest)
     options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1, divergence=divergence)
-    planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
+    with mock.patch.dict(os.environ, AMTSS_TWO_READS="1" if call == "two reads" else ""):
+        planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
     # Without the kernels that write the table of teachers and sum over the rows.
-    return [p for p in planned if {"n_classes", "CHUNKS"} & p.arguments.keys()]
+    planned = [p for p in planned if "n_classes" in p.arguments]
+    return [] if call == "two reads" and len(planned) == 1 else planned
+
+
+def name_of(planned: Launch) -> str:
+    """What the launch does: "tile", "one read", or one of the steps of two reads."""
+    arguments = planned.arguments
+    if "STEP" not in arguments:
+        return "tile"
+    if arguments["STEP"] == "all":
+        return "one read"
+    steps = ["statistics", "terms", "gradient"] if arguments["COMPARES"] else ["statistics", "gradient"]
+    name = steps[arguments["ROLE"]]
+    return name if arguments["STEP"] == "chunks" else f"join {name}"
 
 
 def compile_for(planned: Launch, chip: Chip) -> Any:
@@ -184,9 +206,8 @@ def examine(planned: Launch, target: str, call: str) -> Static:
     nvidia = chip.target.backend == "cuda"
     registers, spilled = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
     moves = _moves(compiled.asm["ptx" if nvidia else "amdgcn"])
-    arguments = planned.arguments
+    arguments, name = planned.arguments, name_of(planned)
     threads = max(planned.binary.threads, chip.target.warp_size)
-    columns = arguments.get("ROWS", 1) * arguments.get("CLASSES", 0)
     shared = compiled.metadata.shared
     warps = threads // chip.target.warp_size
     # A thread gets a multiple of eight registers.
@@ -196,16 +217,21 @@ def examine(planned: Launch, target: str, call: str) -> Static:
         chip.registers // (-(-registers // 8) * 8 * threads),
         chip.shared // shared if shared else chip.programs,
     )
-    types = f"{arguments['STUDENT']}/{arguments['TEACHER']} " if columns else ""
-    rows = f"{arguments['ROWS']} x " if "ROWS" in arguments else ""
-    cut = f"{types}{rows}{arguments.get('CLASSES', arguments.get('CHUNKS'))}"
+    joins = name.startswith("join")
+    tile = f"{arguments.get('ROWS', 1)} x {arguments['CLASSES']}"
+    types = f"{arguments['STUDENT']}/{arguments['TEACHER']}"
     # A kernel for mixed types contains the loads of all types and executes those of one.
-    counted = columns > 0 and arguments["TEACHER"] != "mixed"
+    counted = not joins and arguments["TEACHER"] != "mixed"
+    # With one read, each step of a row has its own programs.
+    steps = 1 if name != "one read" else 3 if arguments["COMPARES"] else 2
+    logits = arguments.get("ROWS", 1) * arguments["CLASSES"] * steps
     return Static(
-        planned.binary.kernel.fn.__name__,
-        f"{cut}, {planned.binary.threads} threads",
+        name,
+        f"{arguments['CHUNKS']} chunks, " * joins
+        + f"{types} {tile}, " * (not joins)
+        + f"{planned.binary.threads} threads",
         call,
-        arguments.get("DIVERGENCE", "any"),
+        arguments["DIVERGENCE"],
         target,
         registers,
         spilled,
@@ -213,8 +239,8 @@ def examine(planned: Launch, target: str, call: str) -> Static:
         shared <= chip.shared_per_program,
         min(moves["load"], default=0),
         # One student's and one teacher's logit.
-        sum(moves["load"]) / 8 * threads / columns / 2 if counted else None,
-        sum(moves["store"]) / 8 * threads / columns if counted else None,
+        sum(moves["load"]) / 8 * threads / logits / 2 if counted else None,
+        sum(moves["store"]) / 8 * threads / logits * steps if counted else None,
         programs * warps / chip.warps,
     )
 
@@ -250,10 +276,11 @@ def _moving_lines() -> dict[int, str]:
     lines = Path(memory.__file__).read_text().splitlines()
     texts = {
         "x = tl.load(pointers, whole, other=OUTSIDE)": "load",
-        "x = tl.load(pointers, whole & wanted, other=OUTSIDE)": "load",
-        "x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE)": "load",
+        "x = tl.load(pointers, whole & wanted, other=OUTSIDE, eviction_policy=EVICTION)": "load",
+        "x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE, eviction_policy=EVICTION)": "load",
         "tl.store(pointers, x, whole)": "store",
-        "tl.store(pointer + strided, x, inside)": "store",
+        "tl.store(pointers, x, whole, eviction_policy=EVICTION)": "store",
+        "tl.store(pointer + strided, x, inside, eviction_policy=EVICTION)": "store",
     }
     found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip() in texts}
     assert set(found.values()) == set(texts), "memory.py has other lines that move tiles"
@@ -298,9 +325,14 @@ def survey(targets: list[str]) -> Iterator[Static]:
                         yield examine(planned, target, call)
     for divergence in OTHER_DIVERGENCES:
         for n_classes in CLASSES_OF_DIVERGENCES:
-            for planned in launches(n_classes, *TYPES[0], "all", divergence):
-                for target in targets:
-                    yield examine(planned, target, "all")
+            for call in ("all", "two reads"):
+                for planned in launches(n_classes, *TYPES[0], call, divergence):
+                    for target in targets:
+                        yield examine(planned, target, call)
+    for divergence in ("forward_kl", *OTHER_DIVERGENCES):
+        for planned in launches(CLASSES_OF_LISTS, *TYPES[0], "lists", divergence):
+            for target in targets:
+                yield examine(planned, target, "lists")
 
 
 def _bytes(x: float | None) -> str:

@@ -42,6 +42,13 @@ def current_target() -> Target:
     return Target("cuda", properties.major * 10 + properties.minor, 32)
 
 
+@cache
+def multiprocessors(device: int) -> int:
+    """The multiprocessors of a device."""
+    # Triton's interpreter runs one program at a time.
+    return 1 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class Binary:
     """A kernel that is always launched on one device, with arguments of the same types and the same constants.
 

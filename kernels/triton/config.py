@@ -19,6 +19,10 @@ KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 TILE, LONGEST = 512, 8192
 # Up to this many classes, a tile has several rows.
 FEW_CLASSES = 128
+# Places of the longest list that a program for a chunk compares.
+LONGEST_LIST_OF_A_CHUNK = 512
+# Of a multiprocessor of NVIDIA; AMD's have about as many programs.
+_REGISTERS = 65536
 
 
 class Logits(NamedTuple):
@@ -56,36 +60,47 @@ class Layout(NamedTuple):
     """How many elements before a row its tile may begin."""
 
 
-def choose_config(
-    n_classes: int,
-    layout: Layout,
-    teacher: str,
-    extras: bool = False,
-    divergence: str = "forward_kl",
-    stats: bool = False,
-    lists: bool = False,
-) -> Config | None:
-    """The default configuration for rows of `n_classes` that fit on chip; None: rows are divided into chunks.
+class Demands(NamedTuple):
+    """What a call asks of its kernels, as far as their configurations depend on it."""
 
-    `teacher`: a type among `KINDS`, or "mixed". `extras`: whether the stats or the cross entropy are computed
-    too; `stats`: whether the stats are; `lists`: whether a teacher lists some classes.
+    layout: Layout
+    teacher: str
+    """A type among `KINDS`, or "mixed"."""
+    divergence: str = "forward_kl"
+    ce: bool = False
+    stats: bool = False
+    list_length: int = 0
+    """Places of a list; 0: no teacher lists some classes."""
+
+    @property
+    def extras(self) -> bool:
+        return self.ce or self.stats
+
+    @property
+    def laborious(self) -> bool:
+        """A 64-bit offset for each element, or code for several types, needs registers."""
+        return self.layout.group == 0 or self.teacher == "mixed"
+
+
+def choose_config(n_classes: int, demands: Demands) -> Config | None:
+    """The default configuration for rows of `n_classes` that fit on chip; None: rows are divided into chunks.
 
     A thread has up to 16 logits of a tile (32 of the longest), and the fewest registers without spilling: the more
     programs a multiprocessor holds, the better they hide the latency of memory. Divergences other than the forward KL
     hold more values of each logit.
     """
-    if lists:
+    if demands.list_length:
         return None
+    stats, laborious = demands.stats, demands.laborious
     classes = triton.next_power_of_2(n_classes)
-    # A 64-bit offset for each element, or code for several types, needs registers.
-    laborious = layout.group == 0 or teacher == "mixed"
-    forward = divergence == "forward_kl"
+    forward = demands.divergence == "forward_kl"
+    is_8_bit = demands.teacher == "uint8"
 
     def registers(plain: int, extra: int, most: int, other: int) -> int:
         """`other`: for the other divergences."""
         if not forward:
-            return 255 if laborious else other + 24 * (teacher == "uint8")
-        return most if laborious else extra if extras or teacher == "uint8" else plain
+            return 255 if laborious else other + 24 * is_8_bit
+        return most if laborious else extra if demands.extras or is_8_bit else plain
 
     if classes <= FEW_CLASSES:
         if classes <= 4:
@@ -96,51 +111,62 @@ def choose_config(
         if classes == 32:
             return Config(8, classes, 32, registers(88, 128, 168, 168))
         return Config(TILE // classes, classes, 64, registers(80, 112, 144, 168))
-    classes = triton.next_power_of_2(n_classes + layout.slack)
+    classes = triton.next_power_of_2(n_classes + demands.layout.slack)
     if classes <= 256:
         return Config(1, classes, 32, registers(64, 80, 96, 112))
     if classes <= 4096:
         # Its tiles of 16 logits a thread spill 24 bytes on sm_120.
-        per_thread = 8 if divergence == "skew_reverse_kl" and classes <= 2048 else 16
+        per_thread = 8 if demands.divergence == "skew_reverse_kl" and classes <= 2048 else 16
         return Config(
             1, classes, classes // per_thread, registers(80, 160 if stats else 128, 192 if stats else 144, 176)
         )
     # Reading rows twice is faster than such a tile in half precision, and where a row fills little of the tile.
-    plain = teacher == "float32" and forward and not stats and not laborious
+    plain = demands.teacher == "float32" and forward and not stats and not laborious
     if classes == LONGEST and n_classes > 3 * LONGEST // 4 and plain:
         return Config(1, classes, classes // 32, 255)
     return None
 
 
 class Chunks(NamedTuple):
-    """The configurations for longer rows."""
+    """The configurations for longer rows, see `device/stream.py`."""
 
+    one_read: Config | None
     statistics: Config
-    divergences: Config
+    terms: Config
     gradient: Config
+    rows: Config
 
 
-def choose_chunks(
-    layout: Layout,
-    teacher: str,
-    extras: bool = False,
-    divergence: str = "forward_kl",
-    stats: bool = False,
-    lists: bool = False,
-) -> Chunks:
-    """The configurations for longer rows; arguments as in `choose_config`.
+def choose_chunks(demands: Demands) -> Chunks:
+    """The configurations for longer rows.
 
-    The statistics are mostly sums, and a program of a single warp need not exchange them between warps.
+    The statistics are mostly sums, and a program of a single warp need not exchange them between warps. A list is one
+    tile, for which the threads of a chunk are too few if it is long.
     """
+    stats, divergence, length = demands.stats, demands.divergence, demands.list_length
     forward = divergence == "forward_kl"
-    if layout.group == 0 or teacher == "mixed" or lists:
+    rows = Config(1, 1024, min(256, max(32, length // 8)), 255)
+    one_read = None
+    if length <= LONGEST_LIST_OF_A_CHUNK:
+        one_read = Config(1, 1024, 64, 168 if demands.laborious or length else 96 if forward else 120)
+    if demands.laborious or length:
         gradient = Config(1, 2048, 128, 168 if forward else 192)
-        return Chunks(Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient)
-    statistics = Config(1, 1024, 32, 168 if stats else 152 if extras else 128)
-    gradient = Config(1, 2048, 128, (96 if extras else 64) if forward else 144)
+        return Chunks(one_read, Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient, rows)
+    statistics = Config(1, 1024, 32, 168 if stats else 152 if demands.extras else 128)
+    gradient = Config(1, 2048, 128, (96 if demands.extras else 64) if forward else 144)
     # A warp of 32 logits a thread would spill with the last of them.
     warps = 2 if divergence == "skew_reverse_kl" else 1
-    return Chunks(statistics, Config(1, 1024, 32 * warps, 224 if teacher == "uint8" else 176), gradient)
+    terms = Config(1, 1024, 32 * warps, 224 if demands.teacher == "uint8" else 176)
+    return Chunks(one_read, statistics, terms, gradient, rows)
+
+
+def choose_lag(n_chunks: int, config: Config, multiprocessors: int) -> int:
+    """By how many rows the steps of one read follow each other.
+
+    With half of the programs that run at once in between, hardly one waits, and the logits of all are in the cache.
+    """
+    resident = multiprocessors * min(32, _REGISTERS // (config.threads * config.registers))
+    return max(1, resident // 2 // n_chunks)
 
 
 def choose_layout(
@@ -152,7 +178,7 @@ def choose_layout(
 ) -> Layout:
     """The fastest layout that all of `tensors` [N, C] allow; `routed`: a row may have another place in each of them.
 
-    `lists`: as in `choose_config`.
+    `lists`: whether a teacher lists some classes.
     """
     several = n_classes <= FEW_CLASSES and not lists
     if (several and routed) or any(t.stride(1) != 1 or (several and t.stride(0) != n_classes) for t in tensors):
@@ -172,7 +198,7 @@ def choose_layout(
         return Layout(1, 0)
     if several:
         # Every tile begins at a group if the first one does and the rows of a tile fill groups.
-        config = choose_config(n_classes, Layout(group, 0), "float32", divergence=divergence)
+        config = choose_config(n_classes, Demands(Layout(group, 0), "float32", divergence))
         assert config is not None
         rows, classes, *_ = config
         slack = group - 1 if offset or rows * n_classes % group else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,14 +16,15 @@ from amtss_fast.loss.contract import AMTSSStats, LossInputs, LossOutputs, empty_
 from amtss_fast.loss.options import LossOptions
 
 from .binary import Launch, launch_all
-from .device.lists import COMPARED, compare_lists
+from .device.lists import COMPARED
 from .device.pairs import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS
-from .device.stream import join_normalizers
 from .lists import NO_LISTS, has_lists, pack_lists, without_lists
 from .plan import Call, LaunchPlan, describe, make_plan, sums_terms
 from .sums import add, count
 from .teachers import numbers, places, teacher_arguments
 
+# Programs of one launch that count each other.
+MOST_TICKETS = 2**31 - 1
 _NO_STATS = dict.fromkeys(AMTSSStats._fields)
 
 
@@ -92,13 +94,16 @@ def _row_launches(teachers: Sequence[Tensor], options: LossOptions, tensors: dic
     where, launches = teacher_arguments(teachers)
     tensors |= where
     choice = _choice(options.weight_temperature)
-    plan = make_plan(_call(teachers, options, choice, tensors))
-    arguments = plan.constants | tensors | _numbers(len(teachers), options, choice, tensors)
-    if len(plan.steps) > 1:
-        arguments |= _between_kernels(plan, len(teachers), tensors)
     n_rows = tensors["row_loss"].shape[0]
-    for binary, own, rows, chunks in plan.steps:
-        launches.append(binary.of(-(-n_rows // rows) * chunks, arguments | own))
+    call = _call(teachers, options, choice, tensors)
+    plan = make_plan(call)
+    if plan.steps[0].programs(n_rows) > MOST_TICKETS:
+        plan = make_plan(call._replace(two_reads=True))
+    arguments = plan.constants | tensors | _numbers(len(teachers), options, choice, tensors)
+    if plan.chunks > 0:
+        arguments |= _between_programs(plan, len(teachers), tensors)
+    for step in plan.steps:
+        launches.append(step.binary.of(step.programs(n_rows), arguments | step.own))
     return launches
 
 
@@ -133,6 +138,7 @@ def _call(teachers: Sequence[Tensor], options: LossOptions, choice: str, tensors
         options.divergence if _needs_teachers(options, tensors) else "forward_kl",
         options.ce_weight > 0 and labels is not None,
         tensors["student_margin"] is not None,
+        any(os.environ.get(name) == "1" for name in ("AMTSS_TWO_READS", "AMTSS_AUTOTUNE")),
     )
 
 
@@ -180,19 +186,21 @@ def _exponents(n_teachers: int, options: LossOptions, like: Tensor, launches: li
     return numbers([_exponent(temperature) for temperature in temperatures], like, launches)
 
 
-def _between_kernels(plan: LaunchPlan, n_teachers: int, tensors: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Memory for what the kernels of `device/stream.py` pass on."""
+def _between_programs(plan: LaunchPlan, n_teachers: int, tensors: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Memory for what the programs of `device/stream.py` pass on."""
     row_loss, stats = tensors["row_loss"], tensors["student_margin"] is not None
-    n_rows, n_chunks = row_loss.shape[0], plan.steps[0].chunks
+    n_rows, n_chunks, roles = row_loss.shape[0], plan.chunks, plan.steps[0].roles
+    lists = tensors["list_classes"]
     pairs = STUDENT_CHUNK_PAIRS.value + n_teachers * TEACHER_CHUNK_PAIRS.value
     return {
         "fields": row_loss.new_empty((pairs, n_rows, n_chunks, 2)),
         "factors": row_loss.new_empty((STUDENT_PAIRS.value + n_teachers, n_rows, 2)),
-        "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if plan.has(join_normalizers) else None,
+        "normalizers": row_loss.new_empty((1 + n_teachers, n_rows, 2)) if plan.normalizes else None,
         "sums": row_loss.new_empty((n_teachers, n_rows, n_chunks, 2)) if sums_terms(plan.divergence) else None,
         "distances": row_loss.new_empty((n_teachers, n_rows, n_chunks)) if stats else None,
-        "compared": row_loss.new_empty((n_teachers, n_rows, COMPARED.value)) if plan.has(compare_lists) else None,
-        "list_bits": row_loss.new_empty(tensors["list_classes"].shape) if plan.has(compare_lists) else None,
+        "compared": None if lists is None else row_loss.new_empty((n_teachers, n_rows, COMPARED.value)),
+        "list_bits": None if lists is None else row_loss.new_empty(lists.shape),
+        "tickets": row_loss.new_zeros(1 + (roles - 1) * n_rows, dtype=torch.int32) if roles > 1 else None,
     }
 
 

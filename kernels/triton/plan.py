@@ -10,10 +10,9 @@ from torch import Tensor
 
 import triton
 
-from .binary import Binary
-from .config import KINDS, Config, Logits, choose_chunks, choose_config, choose_layout
-from .device.lists import compare_lists
-from .device.stream import chunk_divergences, chunk_gradient, chunk_statistics, join_chunks, join_normalizers
+from .binary import Binary, multiprocessors
+from .config import KINDS, Config, Demands, Logits, choose_chunks, choose_config, choose_lag, choose_layout
+from .device.stream import stream
 from .device.tile import fused_tile
 from .teachers import KIND_NUMBERS, SLOTS
 
@@ -54,6 +53,8 @@ class Call(NamedTuple):
     divergence: str
     ce: bool
     need_stats: bool
+    two_reads: bool
+    """Whether long rows are read twice though once would do."""
 
 
 class Step(NamedTuple):
@@ -61,25 +62,31 @@ class Step(NamedTuple):
 
     binary: Binary
     own: dict[str, Any]
-    rows: int
+    rows: int = 1
     """Rows of a program; 1 if a row has several programs."""
-    chunks: int
+    chunks: int = 1
     """Programs of a row; 1 if a program has several rows."""
+    roles: int = 1
+    """Programs of a chunk, each `lag` rows behind the one before."""
+    lag: int = 0
+
+    def programs(self, n_rows: int) -> int:
+        return self.roles * (-(-n_rows // self.rows) + (self.roles - 1) * self.lag) * self.chunks
 
 
 class LaunchPlan(NamedTuple):
-    """One step if a row fits on chip; otherwise the statistics of chunks, their union, and the gradient."""
+    """One step if a row fits on chip or is read once; otherwise those of `device/stream.py`, one after the other."""
 
     constants: dict[str, Any]
     steps: tuple[Step, ...]
+    chunks: int = 0
+    """Of a row, in the step that takes its statistics; 0: the row fits on chip."""
+    normalizes: bool = False
+    """Whether a step needs the normalizers of whole rows before the gradient."""
 
     @property
     def divergence(self) -> str:
         return str(self.constants["DIVERGENCE"])
-
-    def has(self, kernel: Any) -> bool:
-        """Whether one of the steps is `kernel`."""
-        return any(step.binary.kernel is kernel for step in self.steps)
 
 
 def sums_terms(divergence: str) -> bool:
@@ -95,33 +102,41 @@ def make_plan(call: Call) -> LaunchPlan:
     layout = choose_layout(call.n_classes, logits, call.places is not None, call.divergence, has_lists)
     dtypes = {t.dtype for t in call.teachers}
     teacher = KINDS[call.teachers[0].dtype] if len(dtypes) == 1 else "mixed"
+    demands = Demands(layout, teacher, call.divergence, call.ce, call.need_stats, call.list_length)
     constants = _constants(call, teacher, layout.group)
-    extras = call.ce or call.need_stats
-    config = choose_config(call.n_classes, layout, teacher, extras, call.divergence, call.need_stats, has_lists)
+    config = choose_config(call.n_classes, demands)
     if config is not None:
-        return LaunchPlan(constants, (_step(fused_tile, config, config.rows, 1),))
-    configs = choose_chunks(layout, teacher, extras, call.divergence, call.need_stats, has_lists)
-    n_chunks = triton.cdiv(call.n_classes + layout.slack, configs.statistics.classes)
-    union = Config(1, configs.statistics.classes, 32, 255)
-    pieces = {"n_chunks": n_chunks, "CHUNKS": triton.next_power_of_2(n_chunks)}
-    steps = [_step(chunk_statistics, configs.statistics, 1, n_chunks, n_chunks=n_chunks)]
-    if has_lists or call.need_stats or call.divergence != "forward_kl":
-        steps.append(_step(join_normalizers, union, 1, 1 + len(call.teachers), **pieces))
-    if has_lists:
-        lists = Config(1, call.list_length, min(256, max(32, call.list_length // 8)), 255)
-        steps.append(_step(compare_lists, lists, 1, len(call.teachers), **pieces))
-    if not call.only_lists and (call.need_stats or sums_terms(call.divergence)):
-        steps.append(_step(chunk_divergences, configs.divergences, 1, n_chunks, n_chunks=n_chunks))
-    steps.append(_step(join_chunks, union, 1, 1, **pieces))
-    if call.grad is not None:
-        n_chunks = triton.cdiv(call.n_classes + layout.slack, configs.gradient.classes)
-        steps.append(_step(chunk_gradient, configs.gradient, 1, n_chunks, n_chunks=n_chunks))
-    return LaunchPlan(constants, tuple(steps))
+        return LaunchPlan(constants, (_step(fused_tile, config, {}, rows=config.rows),))
+    compares = not call.only_lists and (call.need_stats or sums_terms(call.divergence))
+    steps, chunks = _stream_steps(call, demands, compares)
+    normalizes = has_lists or call.need_stats or call.divergence != "forward_kl"
+    return LaunchPlan(constants | {"COMPARES": compares}, steps, chunks, normalizes)
 
 
-def _step(kernel: Any, config: Config, rows: int, chunks: int, **own: Any) -> Step:
-    own |= {"ROWS": config.rows, "CLASSES": config.classes}
-    return Step(Binary(kernel, config.threads, config.registers), own, rows, chunks)
+def _stream_steps(call: Call, demands: Demands, compares: bool) -> tuple[tuple[Step, ...], int]:
+    """The launches of `device/stream.py`, and how many chunks a row has for its statistics."""
+    configs = choose_chunks(demands)
+
+    def step(name: str, role: int, config: Config, roles: int = 1) -> Step:
+        n_chunks = triton.cdiv(call.n_classes + demands.layout.slack, config.classes)
+        lag = choose_lag(n_chunks, config, multiprocessors(call.device))
+        own = {"STEP": name, "ROLE": role, "n_chunks": n_chunks, "CHUNKS": triton.next_power_of_2(n_chunks), "lag": lag}
+        return _step(stream, config, own, chunks=1 if name == "rows" else n_chunks, roles=roles, lag=lag)
+
+    if call.grad is not None and configs.one_read is not None and not call.two_reads:
+        steps = [step("all", 0, configs.one_read, roles=3 if compares else 2)]
+    else:
+        steps = [step("chunks", 0, configs.statistics), step("rows", 0, configs.rows)]
+        if compares:
+            steps += [step("chunks", 1, configs.terms), step("rows", 1, configs.rows)]
+        if call.grad is not None:
+            steps.append(step("chunks", 1 + compares, configs.gradient))
+    return tuple(steps), steps[0].chunks
+
+
+def _step(kernel: Any, config: Config, own: dict[str, Any], **size: int) -> Step:
+    own = own | {"ROWS": config.rows, "CLASSES": config.classes}
+    return Step(Binary(kernel, config.threads, config.registers), own, **size)
 
 
 def _constants(call: Call, teacher: str, group: int) -> dict[str, Any]:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from .binary import binaries
+from .binary import binaries, multiprocessors
 from .device.scale import multiply
 
 _LENGTH = 4096
 # Programs of a multiprocessor, as many as fit. More would take time to start, although the factor is often 1.
 _PROGRAMS = 4
 _multiply = binaries(multiply, 256)
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """The multiprocessors of a device."""
-    # Triton's interpreter runs one program at a time.
-    return 1 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -418,7 +418,7 @@ def assert_lean(s: dict[str, Any]) -> None:
     assert s["spill_bytes"] == 0, where
     assert s["fits_shared"], where
     assert s["registers"] > 0, where
-    if s["kernel"].startswith("join_") or s["call"] in ("strided", "mixed"):
+    if s["kernel"].startswith(("join_", "compare_")) or s["call"] in ("strided", "mixed"):
         return
     student, teacher = (getattr(torch, name).itemsize for name in s["config"].split()[0].split("/"))
     # With two classes the compiler for gfx942 makes several versions of the loop over teachers, of which one runs.
@@ -458,6 +458,7 @@ cases = [(5000, bf16, bf16, "all", "sm_120"), (5000, f32, f32, "all", "sm_120"),
 others = [(32, "skew_reverse_kl", "sm_80"), (1024, "jsd", "sm_90"), (250_002, "skew_reverse_kl", "sm_90")]
 cases = [(*case, "forward_kl") for case in cases]
 cases += [(c, f32, f32, "all", target, divergence) for c, divergence, target in others]
+cases += [(250_002, f32, f32, "lists", "sm_90", "jsd")]
 rows = [gpu_static.examine(p, target, call)._asdict() for c, s, t, call, target, divergence in cases
         for p in gpu_static.launches(c, s, t, call, divergence)]
 print(json.dumps([row | {"triton": triton.__version__, "source": "predicted"} for row in rows]))
@@ -476,14 +477,15 @@ def test_static_table_as_json(tmp_path: Path) -> None:
     script = f"""
 import sys, gpu_static
 gpu_static.TYPES, gpu_static.CLASSES, gpu_static.CALLS = gpu_static.TYPES[:1], [3, 250_002], ["all"]
-gpu_static.OTHER_DIVERGENCES = ()
+gpu_static.OTHER_DIVERGENCES, gpu_static.CLASSES_OF_LISTS = (), 9000
 sys.argv = ["gpu_static.py", "--targets", "sm_80", "--json", {str(table)!r}, "--times", {str(times)!r}]
 gpu_static.main()
 """
     printed = run_compiling(script)
     assert "predicted milliseconds" in printed
     rows = json.loads(table.read_text())
-    chunks = {"chunk_statistics", "join_normalizers", "chunk_divergences", "join_chunks", "chunk_gradient"}
+    joins = {"join_normalizers", "compare_lists", "join_chunks"}
+    chunks = {"chunk_statistics", "chunk_divergences", "chunk_gradient", *joins}
     assert {row["kernel"] for row in rows} == {"fused_tile", *chunks}
     for row in rows:
         assert_lean(row)

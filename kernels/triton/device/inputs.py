@@ -95,7 +95,7 @@ def locate_teacher(k, teachers):
 @triton.jit
 def load_teacher(
     k, teachers, scales, places, tile, counts, wanted, n_rows, n_classes, n_teachers,
-    KIND: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """:func:`memory.load_tile` of teacher k.
 
@@ -113,7 +113,7 @@ def load_teacher(
     row_max, step = read_scales(scales, k, rows, counts, n_rows, n_teachers)
     address, row_stride, class_stride, kind = locate_teacher(k, teachers)
     source = (address, row_stride, class_stride, kind, row_max, step)
-    return load_tile(source, wanted, (first, chunk, rows, columns, inside, size), n_classes, KIND, GROUP)
+    return load_tile(source, wanted, (first, chunk, rows, columns, inside, size), n_classes, KIND, GROUP, EVICTION)
 
 
 @kernel

@@ -8,7 +8,6 @@ row. A list has LIST places, ascending by class. Places without an entry, of whi
 
 import triton
 import triton.language as tl
-from amtss_fast._compat.triton import jit_without_specialization as kernel
 
 from .divergences import compare
 from .inputs import read_exponent
@@ -73,7 +72,7 @@ def rest_logits(number, t, s, start, classes, n_classes, LIST: tl.constexpr):
 def listed_bits(number, a, s, start, shift, exponent, classes, bits, n_classes, LIST: tl.constexpr):
     """Of a teacher with a list, the binary logarithms of its probabilities; otherwise its logits in bits, `a`.
 
-    `s`: the student's logits of the same chunk; `shift`: a pair in memory, see :func:`compare_lists`.
+    `s`: the student's logits of the same chunk; `shift`: a pair in memory, see :func:`compare_list`.
     """
     if number >= 0:
         top, more = load_pair(shift)
@@ -106,21 +105,22 @@ def margin_of_list(log_p, listed, target, WEIGHTING: tl.constexpr):
     return LN2 * own if WEIGHTING == "label_nll" else tl.exp2(own) - tl.exp2(rest)
 
 
-@kernel
-def compare_lists(
-    student, labels, lists, list_classes, list_logprobs, list_bits, exponents, places, fields, normalizers, compared,
-    row_stride: tl.int64, class_stride: tl.int64,
-    n_rows: tl.int64, n_classes: tl.int32, n_teachers: tl.int32, n_chunks: tl.int32,
-    exponent: tl.float32, mixing: tl.float32, unmixing: tl.float32,
+@triton.jit
+def compare_list(
+    k, row, logits, rows, listed, between, sizes, numbers,
     WEIGHTING: tl.constexpr, DIVERGENCE: tl.constexpr, CHUNKS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Compares each row of each list with the student.
+    """Compares the list of teacher k, if it has one, with a row of the student.
 
     `list_bits` gets the binary logarithms of the probabilities at the teacher's temperature, and `normalizers` what
     makes those of the rest out of the student's logits: the largest one, and what to add to a logit less that, in bits.
     """
-    row = tl.program_id(0).to(tl.int64) // n_teachers
-    k = tl.program_id(0) % n_teachers
+    student, row_stride, class_stride, _, _, exponents, places = logits
+    labels, _, _, _, _ = rows
+    lists, list_classes, list_logprobs, list_bits = listed
+    fields, normalizers, _, _, compared, _ = between
+    n_rows, n_classes, n_teachers, n_chunks = sizes
+    exponent, _, _, mixing, unmixing, _, _, _ = numbers
     number, begin = find_list(k, row, lists, places, n_rows, LIST)
     if number >= 0:
         chunks = tl.arange(0, CHUNKS)
@@ -134,7 +134,7 @@ def compare_lists(
         top_s, inverse_s = load_pair(normalizers + 2 * row)
 
         at = tl.arange(0, LIST)
-        listed = tl.load(list_classes + begin + at)
+        classes = tl.load(list_classes + begin + at)
         logprobs = tl.load(list_logprobs + begin + at)
         exists = logprobs != float("-inf")
         bits = logprobs * read_exponent(exponents, k, exponent)
@@ -149,8 +149,8 @@ def compare_lists(
         log_rest_p = tl.log2(rest_p)
         log_rest_q = (top - top_s) * exponent + (tl.log2(rest) + tl.log2(inverse_s))
 
-        where = student + row * row_stride + listed.to(tl.int64) * class_stride
-        s = tl.load(where, exists & (listed >= 0) & (listed < n_classes), other=float("-inf")).to(tl.float32)
+        where = student + row * row_stride + classes.to(tl.int64) * class_stride
+        s = tl.load(where, exists & (classes >= 0) & (classes < n_classes), other=float("-inf")).to(tl.float32)
         is_rest = at == LIST - 1
         log_p = tl.where(is_rest, log_rest_p, bits)
         log_q = tl.where(is_rest, log_rest_q, (s - top_s) * exponent + tl.log2(inverse_s))
@@ -164,7 +164,7 @@ def compare_lists(
         if labels is not None:
             label = tl.load(labels + row)
             target = tl.where((label >= 0) & (label < n_classes), label, -1).to(tl.int32)
-        margin = margin_of_list(bits, listed, margin_label(target, WEIGHTING), WEIGHTING)
+        margin = margin_of_list(bits, classes, margin_label(target, WEIGHTING), WEIGHTING)
         count, _mean, squares = spread_of(logprobs, tl.max(logprobs, 0))
         scale = tl.sqrt(squares / tl.maximum(count, 1.0))
 

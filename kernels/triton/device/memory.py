@@ -92,13 +92,15 @@ def columns_of(x, start):
 
 
 @triton.jit
-def load_as(pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GROUP: tl.constexpr):
+def load_as(
+    pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr
+):  # fmt: skip
     first, chunk, rows, columns, inside, size = tile
     row_stride, class_stride = strides
     start = chunk * inside.shape[0]
     if GROUP == 0:
         strided = across(rows) * row_stride + columns * class_stride
-        x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE)
+        x = tl.load(pointer + strided, inside & across(wanted), other=OUTSIDE, eviction_policy=EVICTION)
         x = x.to(tl.float32)
     else:
         LENGTH: tl.constexpr = inside.shape[0] * (inside.shape[1] if len(inside.shape) == 2 else 1)
@@ -111,9 +113,9 @@ def load_as(pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GR
             else:
                 x = tl.load(pointers, whole, other=OUTSIDE)
         elif is_complete & wanted:
-            x = tl.load(pointers)
+            x = tl.load(pointers, eviction_policy=EVICTION)
         else:
-            x = tl.load(pointers, whole & wanted, other=OUTSIDE)
+            x = tl.load(pointers, whole & wanted, other=OUTSIDE, eviction_policy=EVICTION)
             if has_edges:
                 x = tl.load(pointers, mask_existing(start, size, LENGTH) & (whole == 0) & wanted, other=x)
         x = x.to(tl.float32)
@@ -126,43 +128,46 @@ def load_as(pointer, strides, wanted, tile, n_classes, OUTSIDE: tl.constexpr, GR
 
 
 @triton.jit
-def load_kind(address, strides, kind, wanted, tile, n_classes, KIND: tl.constexpr, GROUP: tl.constexpr):
+def load_kind(
+    address, strides, kind, wanted, tile, n_classes, KIND: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr
+):  # fmt: skip
     """Logits (or codes) of the type KIND; of the type number `kind` if KIND is "mixed"."""
     if KIND == "float32":
         pointer = address.to(tl.pointer_type(tl.float32))
-        x, start = load_as(pointer, strides, wanted, tile, n_classes, float("-inf"), GROUP)
+        x, start = load_as(pointer, strides, wanted, tile, n_classes, float("-inf"), GROUP, EVICTION)
     elif KIND == "bfloat16":
         pointer = address.to(tl.pointer_type(tl.bfloat16))
-        x, start = load_as(pointer, strides, wanted, tile, n_classes, float("-inf"), GROUP)
+        x, start = load_as(pointer, strides, wanted, tile, n_classes, float("-inf"), GROUP, EVICTION)
     elif KIND == "float16":
         pointer = address.to(tl.pointer_type(tl.float16))
-        x, start = load_as(pointer, strides, wanted, tile, n_classes, float("-inf"), GROUP)
+        x, start = load_as(pointer, strides, wanted, tile, n_classes, float("-inf"), GROUP, EVICTION)
     elif KIND == "uint8":
         pointer = address.to(tl.pointer_type(tl.uint8))
-        x, start = load_as(pointer, strides, wanted, tile, n_classes, MASKED, GROUP)
+        x, start = load_as(pointer, strides, wanted, tile, n_classes, MASKED, GROUP, EVICTION)
     elif kind < 2:
         if kind == 0:
-            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "float32", GROUP)
+            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "float32", GROUP, EVICTION)
         else:
-            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "bfloat16", GROUP)
+            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "bfloat16", GROUP, EVICTION)
     else:
         if kind == 2:
-            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "float16", GROUP)
+            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "float16", GROUP, EVICTION)
         else:
-            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "uint8", GROUP)
+            x, start = load_kind(address, strides, kind, wanted, tile, n_classes, "uint8", GROUP, EVICTION)
     return x, start
 
 
 @triton.jit
-def load_tile(source, wanted, tile, n_classes, KIND: tl.constexpr, GROUP: tl.constexpr):
+def load_tile(source, wanted, tile, n_classes, KIND: tl.constexpr, GROUP: tl.constexpr, EVICTION: tl.constexpr):
     """The logits of a tile in float32, -inf outside, and the column of its first element.
 
     Rows that are not wanted hold arbitrary values. `source`: address, row stride, class stride, kind, row_max, step.
+    EVICTION: when it leaves the second-level cache, as in `tl.load`.
     """
     address, row_stride, class_stride, kind, row_max, step = source
     # In Triton's interpreter, a comparison of float scalars gives a float.
     wanted = wanted.to(tl.int32) != 0
-    x, start = load_kind(address, (row_stride, class_stride), kind, wanted, tile, n_classes, KIND, GROUP)
+    x, start = load_kind(address, (row_stride, class_stride), kind, wanted, tile, n_classes, KIND, GROUP, EVICTION)
     if KIND == "uint8" or KIND == "mixed":
         logits = tl.where(x >= MASKED, float("-inf"), across(row_max) - across(step) * x)
         x = logits if KIND == "uint8" else tl.where(kind == 3, logits, x)
@@ -170,13 +175,13 @@ def load_tile(source, wanted, tile, n_classes, KIND: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def store_tile(pointer, x, tile, n_classes, GROUP: tl.constexpr):
+def store_tile(pointer, x, tile, n_classes, GROUP: tl.constexpr, EVICTION: tl.constexpr):
     """Writes a tile to rows of a contiguous [N, C]."""
     first, chunk, rows, columns, inside, size = tile
     x = x.to(pointer.dtype.element_ty)
     if GROUP == 0:
         strided = across(rows) * n_classes + columns
-        tl.store(pointer + strided, x, inside)
+        tl.store(pointer + strided, x, inside, eviction_policy=EVICTION)
     else:
         LENGTH: tl.constexpr = inside.shape[0] * (inside.shape[1] if len(inside.shape) == 2 else 1)
         start, pointers, is_complete = walk(pointer + first * n_classes, chunk * inside.shape[0], size, GROUP, LENGTH)
@@ -193,8 +198,8 @@ def store_tile(pointer, x, tile, n_classes, GROUP: tl.constexpr):
             else:
                 tl.store(pointers, x, whole)
         elif is_complete:
-            tl.store(pointers, x)
+            tl.store(pointers, x, eviction_policy=EVICTION)
         else:
-            tl.store(pointers, x, whole)
+            tl.store(pointers, x, whole, eviction_policy=EVICTION)
             if has_edges:
                 tl.store(pointers, x, mask_existing(start, size, LENGTH) & (whole == 0))

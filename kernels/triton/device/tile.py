@@ -50,7 +50,7 @@ def fused_tile(
     compared = margin_label(target, WEIGHTING)
 
     source = (student.to(tl.int64), row_stride, class_stride, 0, weight, weight)
-    s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP)
+    s, start = load_tile(source, counts, tile, n_classes, STUDENT, GROUP, "")
     start_s = start
     if student_margin is not None:
         top, own, rest = stand_out(s, start, compared)
@@ -73,7 +73,7 @@ def fused_tile(
     for k in range(n_teachers):
         alpha = read_prior((prior, prior_stride_k, prior_stride_n, places), k, rows, counts, n_rows)
         t, start = load_teacher(
-            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP
+            k, teachers, scales, places, tile, counts, alpha > 0, n_rows, n_classes, n_teachers, TEACHER, GROUP, ""
         )
         exponent_t = read_exponent(exponents, k, exponent)
         top_t, own, rest = stand_out(t, start, compared)
@@ -160,4 +160,4 @@ def fused_tile(
             g += tl.where(across(labeled), g_ce, 0.0)
         factor = gradient_factor(weight, invalid, divisor, n_rows, ignore_index)
         g = tl.where(across(alive), across(factor) * g, 0.0)
-        store_tile(grad, g, tile, n_classes, GROUP)
+        store_tile(grad, g, tile, n_classes, GROUP, "")
