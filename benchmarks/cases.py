@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import amtss_fast
-from amtss_fast import _cpu, amtss_loss
+from amtss_fast import amtss_loss
 from amtss_fast._system.files import write_atomically
 from amtss_fast.loss.backends import cpu
 
@@ -296,6 +296,8 @@ def measure_limits() -> Limits:
     copies = [2 * source.nbytes / seconds_of(lambda: target.copy_(source), 1) for _ in range(9)]
     if source.is_cuda:
         return Limits(max(copies), None)
+    from amtss_fast import _cpu
+
     x = [torch.rand(2048).neg_() for _ in range(threads)]
     y = [torch.empty(2048) for _ in range(threads)]
     repeats = 20_000
@@ -329,7 +331,7 @@ def machine() -> dict[str, str | int | float]:
         **gpu,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
-        "instruction_set": _cpu.instruction_set(),
+        "instruction_set": "none" if cpu.why_missing() else cpu.instruction_set(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from amtss_fast._system.files import write_atomically
 from amtss_fast.loss import LossOptions
-from amtss_fast.loss.backends.triton import config, launch
+from amtss_fast.loss.backends.triton import launch
 from amtss_fast.loss.backends.triton.binary import Launch
 from amtss_fast.loss.backends.triton.device import memory
 from amtss_fast.loss.contract import LossInputs
@@ -59,21 +59,22 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "MI300X", 5.3e12, 4 * 512 * 64, 65536, 65536, 32, 16),
 }
 
-# Types of student and teachers. The first is compiled in every configuration, the others in one of each kind.
+# Types of student and teachers. The first is compiled in every configuration for the usual calls; other types and calls
+# in one of each kind.
 TYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.uint8),
 ]
 CLASSES = [2, 3, 8, 15, 32, 64, 100, 256, 500, 1024, 2000, 4000, 5000, 8000, 250_002]
-CLASSES_OF_OTHER_TYPES = [3, 100, 256, 1024, 5000, 250_002]
+CLASSES_OF_OTHERS = [3, 100, 256, 1024, 5000, 250_002]
 # Divergences other than the forward KL, and classes for one of each kind of their tiles and chunks.
 OTHER_DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)[1:]
 CLASSES_OF_DIVERGENCES = [3, 15, 32, 100, 256, 1024, 250_002]
 # Classes that a teacher with a list gives of a row, and how many classes there are.
 LISTED, CLASSES_OF_LISTS = 64, 250_002
 # Ways to call the loss, see `launches`.
-CALLS = ["loss", "all", "two reads", "strided", "mixed"]
+CALLS = ["loss", "labels", "all", "two reads", "strided", "mixed"]
 
 _SHORT = {
     torch.float32: "fp32",
@@ -136,10 +137,10 @@ def launches(
 ) -> list[Launch]:
     """What the library would launch.
 
-    `call`: "loss" and its gradient, without labels and weights; "all" options and outputs at once; "two reads": the
-    same, but long rows are read twice, none for others; "strided": the same as "all" with logits of any strides;
-    "mixed": the same with 17 teachers of any type and strides, beside a student of type `student`; "lists": the same
-    with a teacher that lists `LISTED` classes beside one with logits.
+    `call`: "loss" and its gradient, without labels and weights; "labels": with both, as in training; "all" options and
+    outputs at once; "two reads": the same, but long rows are read twice, none for others; "strided": the same as "all"
+    with logits of any strides; "mixed": the same with 17 teachers of any type and strides, beside a student of type
+    `student`; "lists": the same with a teacher that lists `LISTED` classes beside one with logits.
     """
     n_rows, n_teachers = 16, 17 if call == "mixed" else 2
     kinds = [*_SHORT][:4] * 5 if call == "mixed" else [teacher] * n_teachers
@@ -151,7 +152,9 @@ def launches(
     rows = torch.empty(n_rows)
     scales = [rows if t.dtype == torch.uint8 else None for t in logits[1:]]
     rest: dict[str, Any] = {"num_items": torch.tensor(16.0)}
-    if call != "loss":
+    if call == "labels":
+        rest |= {"labels": torch.zeros(n_rows, dtype=torch.int64), "sample_weight": rows}
+    elif call != "loss":
         prior = torch.empty(n_teachers, n_rows)
         rest |= {"labels": torch.zeros(n_rows, dtype=torch.int64), "teacher_prior": prior, "teacher_mask": prior > 0}
         rest["sample_weight"] = rows
@@ -163,7 +166,7 @@ def launches(
     inputs = loss_inputs(logits[0], logits[1:], scales, scales, **rest)
     options = LossOptions(ce_weight=0.0 if call == "loss" else 0.5, label_smoothing=0.1, divergence=divergence)
     with mock.patch.dict(os.environ, AMTSS_TWO_READS="1" if call == "two reads" else ""):
-        planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call != "loss")
+        planned, _ = launch.prepare(inputs, options, need_grad=True, need_stats=call not in ("loss", "labels"))
     # Without the kernels that write the table of teachers and sum over the rows.
     planned = [p for p in planned if "n_classes" in p.arguments]
     return [] if call == "two reads" and len(planned) == 1 else planned
@@ -218,18 +221,18 @@ def examine(planned: Launch, target: str, call: str) -> Static:
         chip.shared // shared if shared else chip.programs,
     )
     joins = name.startswith("join")
-    tile = f"{arguments.get('ROWS', 1)} x {arguments['CLASSES']}"
-    types = f"{arguments['STUDENT']}/{arguments['TEACHER']}"
+    rows = arguments.get("ROWS", 1)
+    cut = f"{arguments['STUDENT']}/{arguments['TEACHER']} {rows} x {arguments['CLASSES']}"
+    if joins:
+        cut = f"{arguments['CHUNKS']} chunks"
     # A kernel for mixed types contains the loads of all types and executes those of one.
     counted = not joins and arguments["TEACHER"] != "mixed"
     # With one read, each step of a row has its own programs.
     steps = 1 if name != "one read" else 3 if arguments["COMPARES"] else 2
-    logits = arguments.get("ROWS", 1) * arguments["CLASSES"] * steps
+    logits = rows * arguments["CLASSES"] * steps
     return Static(
         name,
-        f"{arguments['CHUNKS']} chunks, " * joins
-        + f"{types} {tile}, " * (not joins)
-        + f"{planned.binary.threads} threads",
+        f"{cut}, {planned.binary.threads} threads",
         call,
         arguments["DIVERGENCE"],
         target,
@@ -317,9 +320,13 @@ def _moves(assembly: str) -> dict[str, list[int]]:
 def survey(targets: list[str]) -> Iterator[Static]:
     """Every kernel in every default configuration."""
     for student, teacher in TYPES:
-        for n_classes in CLASSES if (student, teacher) == TYPES[0] else CLASSES_OF_OTHER_TYPES:
+        first = (student, teacher) == TYPES[0]
+        for call in CALLS:
             # "mixed" has its own types of teachers.
-            for call in CALLS if (student, teacher) == TYPES[0] else CALLS[:-1]:
+            if call == "mixed" and not first:
+                continue
+            usual = first and call in ("loss", "all")
+            for n_classes in CLASSES if usual else CLASSES_OF_OTHERS:
                 for planned in launches(n_classes, student, teacher, call):
                     for target in targets:
                         yield examine(planned, target, call)
@@ -377,15 +384,10 @@ def predict(targets: list[str]) -> Iterator[dict[str, Any]]:
     from cases import NAMED
 
     for case in NAMED:
-        logits = case.n * case.c * (case.k + 1) * case.dtype.itemsize
-        group = 32 // case.dtype.itemsize
-        chosen = config.choose_config(case.c, config.Layout(group, case.c % group), config.KINDS[case.dtype])
-        # Chunks are read a second time for the gradient.
-        total = case.bytes + (logits if chosen is None else 0)
         for target in targets:
             chip = CHIPS[target]
-            milliseconds = total / chip.bytes_per_second * 1e3
-            yield {"case": str(case), "chip": chip.name, "bytes": total, "milliseconds": milliseconds}
+            milliseconds = case.bytes / chip.bytes_per_second * 1e3
+            yield {"case": str(case), "chip": chip.name, "bytes": case.bytes, "milliseconds": milliseconds}
 
 
 def write_json(rows: list[dict[str, Any]], path: Path) -> None:

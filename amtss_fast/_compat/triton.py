@@ -11,6 +11,7 @@ import triton
 PRIVATE = (
     "jit(do_not_specialize_on_alignment)",
     "compiler.CompiledKernel.__getitem__",
+    "runtime.interpreter.InterpreterBuilder.create_fma(z)",
 )
 """Names below `triton` that this module uses, with the parameter of a function in parentheses."""
 
@@ -27,7 +28,7 @@ def exists(path: str) -> bool:
     return value is not None and (not parameter or parameter in inspect.signature(value).parameters)
 
 
-_ignores_alignment, _has_direct_launch = map(exists, PRIVATE)
+_ignores_alignment, _has_direct_launch, _has_interpreted_fma = map(exists, PRIVATE)
 _version = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
@@ -39,6 +40,17 @@ def jit_without_specialization(function: Callable[..., Any]) -> Any:
     names = [p.name for p in inspect.signature(function).parameters.values() if not _is_constexpr(p)]
     alignment = {"do_not_specialize_on_alignment": names} if _ignores_alignment else {}
     return triton.jit(function, do_not_specialize=names, **alignment)
+
+
+def _fma_rounded_once(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """The sum of x y and z in float32, exact until it is rounded, as on a GPU."""
+    exact = x.data.astype("float64") * y.data + z.data
+    return type(x)(exact.astype(x.data.dtype), z.dtype.scalar)
+
+
+# Public way: Triton's interpreter rounds the product, too.
+if _has_interpreted_fma:
+    triton.runtime.interpreter.InterpreterBuilder.create_fma = _fma_rounded_once
 
 
 def _is_constexpr(parameter: inspect.Parameter) -> bool:

@@ -107,18 +107,18 @@ def choose_config(n_classes: int, demands: Demands) -> Config | None:
             return Config(64, classes, 64, registers(64, 96, 144 if stats else 128, 112))
         if classes <= 16:
             # One row per thread: otherwise several threads read a label, which is as large as two logits.
-            return Config(64 if forward else 32, classes, 64, registers(96, 128, 255, 168))
+            return Config(64 if forward else 32, classes, 64, registers(104, 144, 255, 168))
         if classes == 32:
             return Config(8, classes, 32, registers(88, 128, 168, 168))
-        return Config(TILE // classes, classes, 64, registers(80, 112, 144, 168))
+        return Config(TILE // classes, classes, 64, registers(88, 112, 144, 168))
     classes = triton.next_power_of_2(n_classes + demands.layout.slack)
     if classes <= 256:
-        return Config(1, classes, 32, registers(64, 80, 96, 112))
+        return Config(1, classes, 32, registers(72, 112, 112, 120))
     if classes <= 4096:
         # Its tiles of 16 logits a thread spill 24 bytes on sm_120.
         per_thread = 8 if demands.divergence == "skew_reverse_kl" and classes <= 2048 else 16
         return Config(
-            1, classes, classes // per_thread, registers(80, 160 if stats else 128, 192 if stats else 144, 176)
+            1, classes, classes // per_thread, registers(104, 168 if stats else 136, 200 if stats else 152, 176)
         )
     # Reading rows twice is faster than such a tile in half precision, and where a row fills little of the tile.
     plain = demands.teacher == "float32" and forward and not stats and not laborious
@@ -148,7 +148,10 @@ def choose_chunks(demands: Demands) -> Chunks:
     rows = Config(1, 1024, min(256, max(32, length // 8)), 255)
     one_read = None
     if length <= LONGEST_LIST_OF_A_CHUNK:
-        one_read = Config(1, 1024, 64, 168 if demands.laborious or length else 96 if forward else 120)
+        # A program of a single warp takes 23 instructions for each logit, one of two warps 32, and fewer registers.
+        plain = forward and not (stats or demands.laborious or length)
+        registers = 168 if demands.laborious or length else 112 if forward else 128
+        one_read = Config(1, 1024, 32, 192 if demands.ce else 168) if plain else Config(1, 1024, 64, registers)
     if demands.laborious or length:
         gradient = Config(1, 2048, 128, 168 if forward else 192)
         return Chunks(one_read, Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient, rows)

@@ -15,7 +15,7 @@ from .binary import Launch, binaries
 from .config import KINDS
 from .device.inputs import write_entry, write_numbers, write_places
 
-# Teachers whose addresses are arguments of a kernel; the second half of them is given only if it is needed.
+# Teachers whose addresses are arguments of a kernel; of these a quarter or a half is given where that is enough.
 SLOTS = 16
 # The numbers of the types of logits in a kernel.
 KIND_NUMBERS = {dtype: number for number, dtype in enumerate(KINDS)}
@@ -31,7 +31,7 @@ _NUMBERS, _ROWS = 8, 1024
 def teacher_arguments(teachers: Sequence[Tensor]) -> tuple[dict[str, Any], list[Launch]]:
     """The arguments that locate the teachers, and the launches that write the table if there is one."""
     n_teachers, first = len(teachers), teachers[0]
-    n_slots = SLOTS if n_teachers > SLOTS // 2 else SLOTS // 2
+    n_slots = next((n for n in (SLOTS // 4, SLOTS // 2) if n_teachers <= n), SLOTS)
     slots: list[Tensor | None] = list(teachers[:SLOTS])
     slots += slots[-1:] * (n_slots - len(slots)) + [None] * (SLOTS - n_slots)
     arguments: dict[str, Any] = dict(zip(_SLOT_NAMES, slots, strict=True))

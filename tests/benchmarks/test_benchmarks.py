@@ -133,6 +133,29 @@ def test_bench_divergences(tmp_path: Path) -> None:
     assert [row["rival"] for row in figures["rows"]] == ["forward_kl", "jsd", "tvd"]
 
 
+def test_gpu_report(tmp_path: Path) -> None:
+    """From a checkout that nobody has installed, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    file = tmp_path / "report.jsonl"
+    script = f"""
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "amtss" not in repr(finder).lower()]
+sys.path[:0] = [{str(SCRIPT.parent)!r}]
+sys.argv = ["gpu_report.py", "--seconds", "0", "--json", {str(file)!r}]
+runpy.run_path({str(SCRIPT.parent / "gpu_report.py")!r}, run_name="__main__")
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in file.read_text().splitlines()]
+    assert results[0]["instruction_set"] == "none"
+    summary = results[-1]
+    assert (summary["part"], summary["wrong"], summary["failed"], summary["left_out"]) == ("summary", 0, 0, [])
+    assert {"smoke", "bits", "speed", "bound", "sweep", "host", "divergence"} <= {result["part"] for result in results}
+    assert {result["way"] for result in results if "way" in result} == {"copy", "one read", "two reads"}
+
+
 def test_experts_agree_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark's steps check each other before they are timed."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))

@@ -26,7 +26,7 @@ if registry.why_missing("triton") is not None:
     pytest.skip("the Triton kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from amtss_fast.loss.backends import triton as _triton
-from amtss_fast.loss.backends.triton import binary, launch, scale, sums
+from amtss_fast.loss.backends.triton import binary, launch, plan, scale, sums
 from amtss_fast.loss.backends.triton.teachers import SLOTS, numbers, places, teacher_arguments
 from amtss_fast.loss.contract import LossInputs
 from amtss_fast.loss.options import DIVERGENCES
@@ -267,6 +267,72 @@ def test_sums_over_the_rows(n: int) -> None:
     torch.testing.assert_close(loss.double(), rows.double().sum())
 
 
+def divide_all_rows(monkeypatch: pytest.MonkeyPatch, lag: int | None = None) -> None:
+    """Short rows are divided into chunks, too; `lag`: of the steps of one read."""
+    monkeypatch.setattr(plan, "choose_config", lambda *_: None)
+    if lag is not None:
+        monkeypatch.setattr(plan, "choose_lag", lambda *_: lag)
+    # What was planned before stays out of the way, and what is planned now, afterwards.
+    monkeypatch.setattr(launch, "make_plan", plan.make_plan.__wrapped__)
+
+
+@pytest.mark.parametrize(
+    ("c", "chunks", "temperature"), [(65, False, 1.0), (301, False, 0.1), (301, False, 3.0), (1201, True, 1.0)]
+)
+def test_logits_of_any_size(monkeypatch: pytest.MonkeyPatch, c: int, chunks: bool, temperature: float) -> None:
+    """Shifted by much, or masked by the lowest number instead of -inf, also a whole row or chunk."""
+    if chunks:
+        divide_all_rows(monkeypatch)
+    lowest = torch.finfo(torch.float32).min
+    student, first, second = torch.randn(3, 6, c)
+    student[0] = first[0] = second[0, : c - 1] = lowest
+    student[1], first[1] = -1e9, 1e10
+    student[2] += 1e4
+    first[2] -= 1e4
+    student[3] += 1e9
+    first[3, 9:] = lowest
+    second[4, : c // 3] = lowest
+    second[5] = 3e38
+    labels = torch.randint(c, (6,))
+    found = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "triton")):
+        x = student.to(dtype).requires_grad_()
+        teachers = [t.to(dtype) for t in (first, second)]
+        loss = amtss_loss(
+            x, teachers, labels, temperature=temperature, ce_weight=0.5, reduction="none", backend=backend
+        )
+        loss.sum().backward()
+        assert x.grad is not None
+        found.append((loss.detach().double(), x.grad.double()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-7)
+
+
+def test_reading_once_and_twice_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the distance between the statistics of a row and its gradient."""
+    case = make_case(5, 1100, 2, masked=True, ce_weight=0.5, divergence="jsd")
+    launched: list[binary.Launch] = []
+
+    def launch_all(launches: list[binary.Launch]) -> None:
+        launched.extend(launches)
+        binary.launch_all(launches)
+
+    outcomes = []
+    for lag, most, twice in ((1, 2**31, ""), (3, 2**31, ""), (1, 10, ""), (1, 2**31, "1")):
+        divide_all_rows(monkeypatch, lag)
+        monkeypatch.setattr(launch, "launch_all", launch_all)
+        monkeypatch.setattr(launch, "MOST_TICKETS", most)
+        monkeypatch.setenv("AMTSS_TWO_READS", twice)
+        launched.clear()
+        outcomes.append(case.run("triton").parts())
+        steps = [x.arguments["STEP"] for x in launched if "STEP" in x.arguments]
+        assert (steps == ["all"]) == (most > 10 and not twice), steps
+    assert_within_budget(case.run("triton"), case)
+    for outcome in outcomes:
+        for part, value in outcome.items():
+            assert torch.equal(value.nan_to_num(), outcomes[0][part].nan_to_num()), part
+
+
 @pytest.mark.parametrize("c", [3, 301, 8201])
 def test_divisor_of_many_rows(monkeypatch: pytest.MonkeyPatch, c: int) -> None:
     """Rows are counted by a kernel of its own."""
@@ -418,14 +484,15 @@ def assert_lean(s: dict[str, Any]) -> None:
     assert s["spill_bytes"] == 0, where
     assert s["fits_shared"], where
     assert s["registers"] > 0, where
-    if s["kernel"].startswith(("join_", "compare_")) or s["call"] in ("strided", "mixed"):
+    if s["kernel"].startswith("join") or s["call"] in ("strided", "mixed"):
         return
     student, teacher = (getattr(torch, name).itemsize for name in s["config"].split()[0].split("/"))
     # With two classes the compiler for gfx942 makes several versions of the loop over teachers, of which one runs.
     if not ("64 x 2," in s["config"] and s["target"] == "gfx942"):
         assert s["read_bytes_per_logit"] == (student + teacher) / 2, where
-    assert s["written_bytes_per_logit"] == (student if s["kernel"] in ("fused_tile", "chunk_gradient") else 0), where
-    if s["kernel"] != "fused_tile" or " 1 x " in s["config"]:
+    writes = s["kernel"] in ("tile", "one read", "gradient")
+    assert s["written_bytes_per_logit"] == (student if writes else 0), where
+    if s["kernel"] != "tile" or " 1 x " in s["config"]:
         # Of 256 narrow classes a thread of a warp has less.
         classes, threads = (int(x) for x in re.findall(r"(\d+), (\d+) threads", s["config"])[0])
         share = 8 * teacher * classes // max(threads, 64 if s["target"] == "gfx942" else 32)
@@ -454,7 +521,9 @@ import gpu_static, json, torch, triton
 f32, bf16, u8 = torch.float32, torch.bfloat16, torch.uint8
 cases = [(5000, bf16, bf16, "all", "sm_120"), (5000, f32, f32, "all", "sm_120"), (256, f32, f32, "all", "sm_100"),
          (15, f32, f32, "mixed", "sm_90"), (1024, f32, f32, "strided", "sm_100"), (1024, f32, u8, "all", "sm_80"),
-         (250_002, f32, f32, "mixed", "sm_100"), (3, f32, f32, "all", "gfx942")]
+         (250_002, f32, f32, "mixed", "sm_100"),
+         (250_002, bf16, bf16, "labels", "sm_90"), (250_002, f32, f32, "two reads", "sm_90"),
+         (3, f32, f32, "all", "gfx942")]
 others = [(32, "skew_reverse_kl", "sm_80"), (1024, "jsd", "sm_90"), (250_002, "skew_reverse_kl", "sm_90")]
 cases = [(*case, "forward_kl") for case in cases]
 cases += [(c, f32, f32, "all", target, divergence) for c, divergence, target in others]
@@ -484,9 +553,7 @@ gpu_static.main()
     printed = run_compiling(script)
     assert "predicted milliseconds" in printed
     rows = json.loads(table.read_text())
-    joins = {"join_normalizers", "compare_lists", "join_chunks"}
-    chunks = {"chunk_statistics", "chunk_divergences", "chunk_gradient", *joins}
-    assert {row["kernel"] for row in rows} == {"fused_tile", *chunks}
+    assert {row["kernel"] for row in rows} == {"tile", "one read"}
     for row in rows:
         assert_lean(row)
     assert json.loads(times.read_text())[0]["chip"] == "A100 80 GB"

@@ -12,19 +12,13 @@ Arguments that all take:
 import triton
 import triton.language as tl
 
+from .bits import in_bits, relative_sum
 from .divergences import compare
 from .inputs import load_teacher, read_exponent, read_prior, read_row_inputs
 from .lists import find_list, listed_bits, rest_logits, unless_listed
-from .loss import cross_entropy_gradient
 from .margins import margin_label, spread_of, stand_out
 from .memory import columns_of, load_tile, place_tile, store_tile
 from .pairs import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS, load_pair, store_pair
-
-
-@triton.jit
-def relative_sum(e, x, y):
-    """The sum of e (x - y) with e = exp2(x): 0 log 0 is 0, also where both are -inf."""
-    return tl.sum(tl.where(e > 0, e * (x - y), 0.0), 0)
 
 
 @triton.jit
@@ -38,7 +32,7 @@ def take_statistics(
     labels, _, prior, ignore_index, unlabeled_index = rows
     list_numbers, list_classes, _, _ = lists
     n_rows, n_classes, n_teachers, n_chunks = sizes
-    exponent, temperature, _, _, _, _, _, _ = numbers
+    exponent, temperature, _, _, _, _, _, label_smoothing = numbers
     tile = place_tile(student, row, chunk, row_stride, n_rows, n_classes, GROUP, 1, CLASSES)
     _, _, _, _, inside, _ = tile
     counts, target, _, weight = read_row_inputs(labels, None, row, n_rows, n_classes, ignore_index, unlabeled_index)
@@ -54,12 +48,19 @@ def take_statistics(
     else:
         top = tl.max(s, 0)
     # All logits of a chunk may be -inf in a row with finite ones.
-    b = (s - tl.where(top == float("-inf"), 0.0, top)) * exponent
-    store_pair(out, top, tl.sum(tl.exp2(b), 0))
+    b = in_bits(s, tl.where(top == float("-inf"), 0.0, top), exponent)
+    total = tl.sum(tl.exp2(b), 0)
+    store_pair(out, top, total)
+    has_holes = True
+    if DIVERGENCE == "forward_kl":
+        has_holes = tl.min(s, 0) == float("-inf")
     if CE:
-        label = tl.max(tl.where(columns_of(s, start) == target, s, float("-inf")), 0)
-        store_pair(out + 2 * plane, label, tl.sum(tl.exp2(b * temperature), 0))
-        store_pair(out + 3 * plane, tl.sum(tl.where(inside, b, 0.0), 0), tl.sum(inside.to(tl.float32), 0))
+        if temperature != 1:
+            total = tl.sum(tl.exp2(b * temperature), 0)
+        mean = 0.0 * total
+        if label_smoothing > 0:
+            mean = tl.sum(tl.where(inside, b, 0.0), 0)
+        store_pair(out + 2 * plane, total, mean)
     out += STUDENT_CHUNK_PAIRS * plane
 
     for k in range(n_teachers):
@@ -76,15 +77,15 @@ def take_statistics(
             t = rest_logits(number, t, s, start, list_classes + begin, n_classes, LIST)
             exponent_t = tl.where(number >= 0, exponent, exponent_t)
         top, own, rest = stand_out(t, start, compared)
-        a = (t - tl.where(top == float("-inf"), 0.0, top)) * exponent_t
+        a = in_bits(t, tl.where(top == float("-inf"), 0.0, top), exponent_t)
         e = tl.exp2(a)
-        store_pair(out, top, tl.sum(e, 0))
-        store_pair(out + plane, own, rest)
         kl = 0.0 * alpha
         if DIVERGENCE == "forward_kl":
-            kl = relative_sum(e, a, b)
+            kl = relative_sum(e, a, b, has_holes)
         elif DIVERGENCE == "reverse_kl":
-            kl = relative_sum(tl.exp2(b), b, a)
+            kl = relative_sum(tl.exp2(b), b, a, tl.min(t, 0) == float("-inf"))
+        store_pair(out, top, tl.sum(e, 0))
+        store_pair(out + plane, own, rest)
         if STATS:
             count, mean, squares = spread_of(t, top)
             store_pair(out + 2 * plane, kl, squares)
@@ -114,7 +115,7 @@ def compare_chunk(
     top, inverse_s = load_pair(normalizers + 2 * row)
     source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
     s, _ = load_tile(source, counts, tile, n_classes, STUDENT, GROUP, "")
-    b = (s - top) * exponent
+    b = in_bits(s, top, exponent)
     for k in range(n_teachers):
         alpha = read_prior(prior, k, row, counts, n_rows)
         wanted = alpha > 0
@@ -125,12 +126,12 @@ def compare_chunk(
         t, _ = load_teacher(
             k, teachers, scales, places, tile, counts, wanted, n_rows, n_classes, n_teachers, TEACHER, GROUP, ""
         )
-        a = (t - top) * read_exponent(exponents, k, exponent)
+        a = in_bits(t, top, read_exponent(exponents, k, exponent))
         p = tl.exp2(a) * inverse
         q = tl.exp2(b) * inverse_s
         at = (k * n_rows + row) * n_chunks + chunk
         if sums is not None:
-            log_ratio = tl.log2(inverse) - tl.log2(inverse_s)
+            log_ratio = tl.log2(inverse / inverse_s)
             term, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
             store_pair(sums + 2 * at, tl.sum(term, 0), tl.sum(slope, 0))
         if distances is not None:
@@ -154,51 +155,52 @@ def write_gradient(
         slope_factor = top
         top, inverse_s = load_pair(normalizers + 2 * row)
     wanted = kd_factor != 0
+    ce_factor = 0.0
     if CE:
         q_factor, ce_factor = load_pair(factors + 2 * (n_rows + row))
         wanted |= ce_factor != 0
     source = (student.to(tl.int64), row_stride, class_stride, 0, top, top)
-    s, start = load_tile(source, wanted, tile, n_classes, STUDENT, GROUP, "evict_first")
-    b = (s - top) * exponent
-    if DIVERGENCE == "forward_kl":
-        g = tl.where(kd_factor == 0, 0.0, tl.exp2(b) * kd_factor)
-    else:
-        g = tl.where(kd_factor == 0, 0.0, -tl.exp2(b) * inverse_s * slope_factor)
+    s, start_s = load_tile(source, wanted, tile, n_classes, STUDENT, GROUP, "evict_first")
+    b = in_bits(s, top, exponent)
+    g = tl.zeros(s.shape, tl.float32)
+    # A factor of 0 stands for no teacher and no label, whose logits may be NaN.
+    if kd_factor != 0:
+        g = tl.exp2(b) * kd_factor if DIVERGENCE == "forward_kl" else -tl.exp2(b) * inverse_s * slope_factor
     for k in range(n_teachers):
         top, factor = load_pair(factors + 2 * ((STUDENT_PAIRS + k) * n_rows + row))
         taught = factor != 0
-        wanted = taught
-        if list_numbers is not None:
-            number, begin = find_list(k, row, list_numbers, places, n_rows, LIST)
-            wanted = unless_listed(taught, number)
-        t, start = load_teacher(
-            k, teachers, scales, places, tile, taught, wanted, n_rows, n_classes, n_teachers, TEACHER, GROUP,
-            "evict_first",
-        )  # fmt: skip
-        exponent_t = read_exponent(exponents, k, exponent)
-        if DIVERGENCE != "forward_kl":
-            top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
-        a = (t - top) * exponent_t
-        if list_numbers is not None:
-            shift = normalizers + 2 * ((1 + k) * n_rows + row)
-            a = listed_bits(
-                number, a, s, start, shift, exponent, list_classes + begin, list_bits + begin, n_classes, LIST
-            )
+        if taught:
+            wanted = taught
+            if list_numbers is not None:
+                number, begin = find_list(k, row, list_numbers, places, n_rows, LIST)
+                wanted = unless_listed(taught, number)
+            t, start = load_teacher(
+                k, teachers, scales, places, tile, taught, wanted, n_rows, n_classes, n_teachers, TEACHER, GROUP,
+                "evict_first",
+            )  # fmt: skip
+            exponent_t = read_exponent(exponents, k, exponent)
             if DIVERGENCE != "forward_kl":
-                inverse = tl.where(number >= 0, 1.0, inverse)
-        if DIVERGENCE == "forward_kl":
-            e = tl.exp2(a) * factor
-            g -= tl.where(factor == 0, 0.0, e)
-        else:
-            log_ratio = tl.log2(inverse) - tl.log2(inverse_s)
-            p = tl.exp2(a) * inverse
-            q = tl.exp2(b) * inverse_s
-            _term, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
-            g += tl.where(factor == 0, 0.0, slope * factor)
-    if CE:
+                top, inverse = load_pair(normalizers + 2 * ((1 + k) * n_rows + row))
+            a = in_bits(t, top, exponent_t)
+            if list_numbers is not None:
+                shift = normalizers + 2 * ((1 + k) * n_rows + row)
+                a = listed_bits(
+                    number, a, s, start, shift, exponent, list_classes + begin, list_bits + begin, n_classes, LIST
+                )
+                if DIVERGENCE != "forward_kl":
+                    inverse = tl.where(number >= 0, 1.0, inverse)
+            if DIVERGENCE == "forward_kl":
+                # Student and teachers have the same order of operations: 0 where they are equal.
+                g -= tl.exp2(a) * factor
+            else:
+                log_ratio = tl.log2(inverse / inverse_s)
+                p = tl.exp2(a) * inverse
+                q = tl.exp2(b) * inverse_s
+                _term, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
+                g += slope * factor
+    if CE and ce_factor != 0:
+        g += tl.exp2(b * temperature) * q_factor - ce_factor * (label_smoothing / n_classes)
         label = tl.load(labels + row).to(tl.int32)
-        g_ce = cross_entropy_gradient(
-            b, columns_of(s, start), label, q_factor, ce_factor, temperature, label_smoothing, n_classes
-        )
-        g += tl.where(ce_factor == 0, 0.0, g_ce)
+        if (label >= start_s) & (label < start_s + s.shape[0]):
+            g -= tl.where(columns_of(s, start_s) == label, ce_factor * (1 - label_smoothing), 0.0)
     store_tile(grad, g, tile, n_classes, GROUP, "evict_first")

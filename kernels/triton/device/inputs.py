@@ -59,23 +59,27 @@ def read_scales(scales, k, rows, counts, n_rows, n_teachers):
 
 @triton.jit
 def pick(k, slots):
-    """The address of one of eight tensors."""
+    """The address of one of eight tensors, of which the last four may be None."""
     t0, t1, t2, t3, t4, t5, t6, t7 = slots
     odd = (k & 1) != 0
-    a = tl.where(odd, t1.to(tl.int64), t0.to(tl.int64))
-    b = tl.where(odd, t3.to(tl.int64), t2.to(tl.int64))
-    c = tl.where(odd, t5.to(tl.int64), t4.to(tl.int64))
-    d = tl.where(odd, t7.to(tl.int64), t6.to(tl.int64))
-    return tl.where((k & 4) != 0, tl.where((k & 2) != 0, d, c), tl.where((k & 2) != 0, b, a))
+    second = (k & 2) != 0
+    low = tl.where(odd, t1.to(tl.int64), t0.to(tl.int64))
+    high = tl.where(odd, t3.to(tl.int64), t2.to(tl.int64))
+    address = tl.where(second, high, low)
+    if t4 is not None:
+        low = tl.where(odd, t5.to(tl.int64), t4.to(tl.int64))
+        high = tl.where(odd, t7.to(tl.int64), t6.to(tl.int64))
+        address = tl.where((k & 4) != 0, tl.where(second, high, low), address)
+    return address
 
 
 @triton.jit
 def locate_teacher(k, teachers):
     """Address, row stride, class stride (elements) and kind of teacher k.
 
-    The addresses of the first sixteen teachers are arguments: eight, and eight more or None. Without a table, teacher k
-    lies k // 16 * `stack_stride` bytes after teacher k % 16. A table [K, 4] holds that distance, the strides and the
-    kind of each teacher.
+    The addresses of the first sixteen teachers are arguments: four, or eight, or two times eight. Without a table,
+    teacher k lies k // 16 * `stack_stride` bytes after teacher k % 16. A table [K, 4] holds that distance, the strides
+    and the kind of each teacher.
     """
     slots, more_slots, stack_stride, row_stride, class_stride, kinds, table = teachers
     address = pick(k, slots)

@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from .bits import in_bits, references_apart
 from .inputs import read_exponent, read_prior, read_row_inputs
 from .lists import COMPARED
 from .loss import cross_entropy, distillation_loss, divergence_of, gradient_factor, weighted_loss
 from .margins import LN2, admit, margin_label, margin_of
+from .memory import find_shift
 from .pairs import STUDENT_CHUNK_PAIRS, STUDENT_PAIRS, TEACHER_CHUNK_PAIRS, load_pair, store_pair
 
 
@@ -25,7 +27,7 @@ def join_normalizers(k, row, between, exponents, sizes, numbers, CHUNKS: tl.cons
     tops, sums = load_pair(fields + 2 * ((pair * n_rows + row) * n_chunks + chunks), held)
     tops = tl.where(held, tops, float("-inf"))
     top = tl.max(tops, 0)
-    total = tl.sum(sums * tl.exp2((tops - top) * exponent), 0)
+    total = tl.sum(sums * tl.exp2(references_apart(tops, top, exponent)), 0)
     store_pair(normalizers + 2 * ((1 + k) * n_rows + row), top, 1 / total)
 
 
@@ -56,11 +58,12 @@ def join_margins(pairs, held, tops, top, target):
 
 @triton.jit
 def join_row(
-    row, rows, list_numbers, exponents, divisor, between, outputs, sizes, numbers,
+    row, logits, rows, list_numbers, divisor, between, outputs, sizes, numbers,
     WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
-    CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
+    GROUP: tl.constexpr, CLASSES: tl.constexpr, CHUNKS: tl.constexpr, TEACHERS: tl.constexpr,
 ):  # fmt: skip
     """The loss of a row, its stats, and the factors of its gradient."""
+    student, row_stride, class_stride, _, _, exponents, _ = logits
     labels, sample_weight, prior, ignore_index, unlabeled_index = rows
     fields, _, sums, distances, compared, factors = between
     row_loss, weights, margins, kd, student_margin, teacher_scale, pull = outputs
@@ -79,9 +82,8 @@ def join_row(
     tops, totals_s = load_pair(into_s, held)
     tops = tl.where(held, tops, float("-inf"))
     top_s = tl.max(tops, 0)
-    g = (tops - top_s) * exponent
+    g = references_apart(tops, top_s, exponent)
     total_s = tl.sum(totals_s * tl.exp2(g), 0)
-    log_total_s = tl.log2(total_s)
     if student_margin is not None:
         own, rest = join_margins(into_s + plane, held, tops, top_s, margin_class)
         margin = margin_of(own, rest, top_s, total_s, 1 / total_s, exponent, WEIGHTING)
@@ -102,15 +104,15 @@ def join_row(
         tops, totals_t = load_pair(into, held)
         tops = tl.where(held, tops, float("-inf"))
         top = tl.max(tops, 0)
-        f = (tops - top) * exponent_t
+        f = references_apart(tops, top, exponent_t)
         total = tl.sum(totals_t * tl.exp2(f), 0)
         at = (k * n_rows + row) * n_chunks + chunks
         if DIVERGENCE == "forward_kl":
             kl, squares = join_relative_sums(totals_t, into + 2 * plane, held, f, g)
-            kl = divergence_of(kl / total, log_total_s, tl.log2(total))
+            kl = divergence_of(kl / total, total_s, total)
         elif DIVERGENCE == "reverse_kl":
             kl, squares = join_relative_sums(totals_s, into + 2 * plane, held, g, f)
-            kl = divergence_of(kl / total_s, tl.log2(total), log_total_s)
+            kl = divergence_of(kl / total_s, total, total_s)
             slopes = tl.where(ks == k, kl, slopes)
         else:
             kls, squares = load_pair(into + 2 * plane, held)
@@ -160,13 +162,15 @@ def join_row(
     alive = counts & (weight > 0)
     factor = tl.where(alive, gradient_factor(weight, invalid, divisor, n_rows, ignore_index), 0.0)
     if CE:
-        s_labels, totals_ce = load_pair(into_s + 2 * plane, held)
-        s_label = tl.max(tl.where(held & labeled, s_labels, float("-inf")), 0)
+        totals_ce, bits = load_pair(into_s + 2 * plane, held)
         total = tl.sum(totals_ce * tl.exp2(g * temperature), 0)
-        logits, amounts = load_pair(into_s + 3 * plane, held)
-        logits += amounts * g
-        mean = tl.sum(tl.where(amounts > 0, logits, 0.0), 0) / n_classes
-        at_label = temperature * (s_label - top_s) * exponent
+        begins = chunks * CLASSES
+        if GROUP > 1:
+            begins -= find_shift(student + row * row_stride, GROUP)
+        amounts = tl.minimum(begins + CLASSES, n_classes) - tl.maximum(begins, 0)
+        mean = tl.sum(tl.where(held & (amounts > 0), bits + amounts * g, 0.0), 0) / n_classes
+        at_label = tl.load(student + row * row_stride + target.to(tl.int64) * class_stride, labeled, other=0)
+        at_label = temperature * in_bits(at_label.to(tl.float32), top_s, exponent)
         ce = cross_entropy(total, at_label, temperature * mean, label_smoothing)
         loss += tl.where(labeled, ce_weight * LN2 * ce, 0.0)
         ce_factor = tl.where(labeled, ce_weight * factor, 0.0)

@@ -9,6 +9,7 @@ row. A list has LIST places, ascending by class. Places without an entry, of whi
 import triton
 import triton.language as tl
 
+from .bits import in_bits, references_apart
 from .divergences import compare
 from .inputs import read_exponent
 from .margins import LN2, margin_label, spread_of, stand_out
@@ -76,7 +77,7 @@ def listed_bits(number, a, s, start, shift, exponent, classes, bits, n_classes, 
     """
     if number >= 0:
         top, more = load_pair(shift)
-        a = (s - top) * exponent + more
+        a = in_bits(s, top, exponent) + more
         begin, end = find_entries(classes, start, tl.minimum(start + s.shape[0], n_classes), LIST)
         for i in range(begin, end):
             a = tl.where(columns_of(s, start) == tl.load(classes + i), tl.load(bits + i), a)
@@ -130,7 +131,7 @@ def compare_list(
         top = tl.max(tl.where(held, tops, float("-inf")), 0)
         # There may be no class, or all of them at -inf.
         top = tl.where(top == float("-inf"), 0.0, top)
-        rest = tl.sum(tl.where(held, sums * tl.exp2((tops - top) * exponent), 0.0), 0)
+        rest = tl.sum(tl.where(held, sums * tl.exp2(references_apart(tops, top, exponent)), 0.0), 0)
         top_s, inverse_s = load_pair(normalizers + 2 * row)
 
         at = tl.arange(0, LIST)
@@ -147,13 +148,13 @@ def compare_list(
         rest_p = tl.where(has_mass, tl.maximum(1 - total, 0.0), 0.0)
         rest_p = tl.where(tl.sum(exists.to(tl.int32), 0) < n_classes, rest_p, 0.0)
         log_rest_p = tl.log2(rest_p)
-        log_rest_q = (top - top_s) * exponent + (tl.log2(rest) + tl.log2(inverse_s))
+        log_rest_q = references_apart(top, top_s, exponent) + (tl.log2(rest) + tl.log2(inverse_s))
 
         where = student + row * row_stride + classes.to(tl.int64) * class_stride
         s = tl.load(where, exists & (classes >= 0) & (classes < n_classes), other=float("-inf")).to(tl.float32)
         is_rest = at == LIST - 1
         log_p = tl.where(is_rest, log_rest_p, bits)
-        log_q = tl.where(is_rest, log_rest_q, (s - top_s) * exponent + tl.log2(inverse_s))
+        log_q = tl.where(is_rest, log_rest_q, in_bits(s, top_s, exponent) + tl.log2(inverse_s))
         divergence, slope, distance = compare_classes(log_p, log_q, mixing, unmixing, DIVERGENCE)
         if DIVERGENCE == "tvd":
             # Slopes have the sign of q - p only, which rounding must not give to some classes of the rest.

@@ -8,9 +8,12 @@ from .total import read_divisor
 
 
 @triton.jit
-def divergence_of(relative, log_total_s, log_total):
-    """KL(p || q) in nats, from relative = sum p (a - b), log2 Z of the student and log2 Z of the teacher."""
-    return LN2 * (relative + (log_total_s - log_total))
+def divergence_of(relative, total_q, total_p):
+    """KL(p || q) in nats, from relative = sum p (a - b), and the sums of exp2(b) and exp2(a).
+
+    Their logarithms would be large and cancel.
+    """
+    return LN2 * (relative + tl.log2(total_q / total_p))
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .bits import in_bits
 from .memory import across, columns_of
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -64,11 +65,11 @@ def stand_out_of_rows(x, top, start, target):
 
 @triton.jit
 def margin_of(own, rest, top, total, inverse, exponent, WEIGHTING: tl.constexpr):
-    """The margin, from logits relative to `top`, total = sum exp2((x - top) exponent) and inverse = 1 / total."""
+    """The margin, from logits, of which `top` is the largest, the sum `total` of exp2 of their bits, and 1 / total."""
     if WEIGHTING == "label_nll":
-        margin = ((own - top) * exponent - tl.log2(total)) * LN2
+        margin = (in_bits(own, top, exponent) - tl.log2(total)) * LN2
     else:
-        margin = (tl.exp2((own - top) * exponent) - tl.exp2((rest - top) * exponent)) * inverse
+        margin = (tl.exp2(in_bits(own, top, exponent)) - tl.exp2(in_bits(rest, top, exponent))) * inverse
     return margin
 
 

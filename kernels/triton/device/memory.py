@@ -29,7 +29,9 @@ def across(x):
 @triton.jit
 def find_shift(pointer, GROUP: tl.constexpr):
     """Elements from the start of a group to `pointer`."""
-    return (pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8) % GROUP).to(tl.int32)
+    return (pointer.to(tl.int64).to(tl.uint32) // (pointer.dtype.element_ty.primitive_bitwidth // 8) % GROUP).to(
+        tl.int32
+    )
 
 
 @triton.jit

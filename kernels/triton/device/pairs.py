@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 
 # The pairs of a chunk are [N, chunks, 2] each. For the student: the maximum and sum exp2(b); the two logits of the
-# margin (-inf if they are in other chunks); for the cross entropy the label's logit and sum exp2(b tau), then sum b and
-# the number of classes.
-STUDENT_CHUNK_PAIRS = tl.constexpr(4)
+# margin (-inf if they are in other chunks); for the cross entropy sum exp2(b tau) and sum b.
+STUDENT_CHUNK_PAIRS = tl.constexpr(3)
 # For each teacher: the maximum and sum exp2(a); the two logits of the margin; the sum of `stream.relative_sum` and, for
 # the stats, the sum of squares about the mean; the mean less the maximum, and the number of logits that are not -inf.
 # For one with a list, see `lists.py`, only the first, of the student's logits without the listed ones.

@@ -26,7 +26,7 @@ from .lists import compare_list
 def settle(
     step, row, logits, rows, lists, divisor, between, outputs, sizes, numbers,
     LAST: tl.constexpr, WEIGHTING: tl.constexpr, CHOICE: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
-    CHUNKS: tl.constexpr, TEACHERS: tl.constexpr, LIST: tl.constexpr,
+    GROUP: tl.constexpr, CLASSES: tl.constexpr, CHUNKS: tl.constexpr, TEACHERS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """What follows from all chunks of a row after a step; the step `LAST` is the one before the gradient."""
     _, _, _, _, _, exponents, _ = logits
@@ -44,8 +44,8 @@ def settle(
             tl.debug_barrier()
     if step == LAST:
         join_row(
-            row, rows, list_numbers, exponents, divisor, between, outputs, sizes, numbers,
-            WEIGHTING, CHOICE, DIVERGENCE, CE, CHUNKS, TEACHERS,
+            row, logits, rows, list_numbers, divisor, between, outputs, sizes, numbers,
+            WEIGHTING, CHOICE, DIVERGENCE, CE, GROUP, CLASSES, CHUNKS, TEACHERS,
         )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def stream(
             if is_last:
                 settle(
                     role, row, logits, rows, listed, divisor, between, outputs, sizes, numbers,
-                    GRADIENT - 1, WEIGHTING, CHOICE, DIVERGENCE, CE, CHUNKS, TEACHERS, LIST,
+                    GRADIENT - 1, WEIGHTING, CHOICE, DIVERGENCE, CE, GROUP, CLASSES, CHUNKS, TEACHERS, LIST,
                 )  # fmt: skip
                 if STEP == "all":
                     tl.debug_barrier()

@@ -8,6 +8,7 @@ softmax over the teachers. With few classes a tile has many rows; with up to som
 import triton.language as tl
 from amtss_fast._compat.triton import jit_without_specialization as kernel
 
+from .bits import in_bits, relative_sum
 from .divergences import compare
 from .inputs import load_teacher, read_exponent, read_prior, read_row_inputs
 from .loss import (
@@ -56,9 +57,11 @@ def fused_tile(
         top, own, rest = stand_out(s, start, compared)
     else:
         top = tl.max(s, 0)
-    b = (s - across(top)) * exponent
+    b = in_bits(s, top, exponent)
+    has_holes = True
+    if ROWS == 1 and DIVERGENCE == "forward_kl":
+        has_holes = tl.min(s, 0) == float("-inf")
     total_s = tl.sum(tl.exp2(b), 0)
-    log_total_s = tl.log2(total_s)
     if student_margin is not None:
         margin = margin_of(own, rest, top, total_s, 1 / total_s, exponent, WEIGHTING)
         tl.store(student_margin + rows, tl.where(counts, margin, 0.0), rows < n_rows)
@@ -77,18 +80,16 @@ def fused_tile(
         )
         exponent_t = read_exponent(exponents, k, exponent)
         top_t, own, rest = stand_out(t, start, compared)
-        a = (t - across(top_t)) * exponent_t
+        a = in_bits(t, top_t, exponent_t)
         e = tl.exp2(a)
         total = tl.sum(e, 0)
         part = 1 / total
         if DIVERGENCE == "forward_kl":
-            # 0 log 0 is 0, also where the student is -inf.
-            kl = tl.sum(tl.where(e > 0, e * (a - b), 0.0), 0) * part
-            kl = divergence_of(kl, log_total_s, tl.log2(total))
+            kl = divergence_of(relative_sum(e, a, b, has_holes) * part, total_s, total)
         else:
             p = e * across(part)
             q = tl.exp2(b) * across(1 / total_s)
-            log_ratio = across(log_total_s - tl.log2(total))
+            log_ratio = across(tl.log2(total_s / total))
             term, slope = compare(a, b, p, q, log_ratio, mixing, unmixing, DIVERGENCE)
             kl = tl.sum(term, 0)
         margin = margin_of(own, rest, top_t, total, part, exponent_t, WEIGHTING)
@@ -146,18 +147,21 @@ def fused_tile(
     tl.store(row_loss + rows, weighted_loss(loss, weight, alive, invalid), rows < n_rows)
 
     if grad is not None:
-        taught = across((mass != 0) & (kd_weight > 0))
+        factor = gradient_factor(weight, invalid, divisor, n_rows, ignore_index)
+        g = tl.zeros(b.shape, tl.float32)
+        taught = (mass != 0) & (kd_weight > 0)
+        kd_factor = across(kd_weight * temperature * factor)
+        # Student and teachers have the same order of operations: 0 where they are equal.
         if DIVERGENCE == "forward_kl":
-            g = tl.exp2(b) * across(1 / total_s) - mixture * across(inverse)
+            g_kd = tl.exp2(b) * across(1 / total_s) * kd_factor - mixture * across(inverse) * kd_factor
         else:
             mixture *= across(inverse)
-            g = mixture - tl.exp2(b) * across(1 / total_s) * across(tl.sum(mixture, 0))
-        g = tl.where(taught, kd_weight * temperature * g, 0.0)
+            g_kd = (mixture - tl.exp2(b) * across(1 / total_s) * across(tl.sum(mixture, 0))) * kd_factor
+        g = tl.where(across(taught), g_kd, 0.0)
         if CE:
             g_ce = cross_entropy_gradient(
                 b, columns, across(target), across(ce_inverse), ce_weight, temperature, label_smoothing, n_classes
             )
-            g += tl.where(across(labeled), g_ce, 0.0)
-        factor = gradient_factor(weight, invalid, divisor, n_rows, ignore_index)
-        g = tl.where(across(alive), across(factor) * g, 0.0)
+            g += tl.where(across(labeled), g_ce * across(factor), 0.0)
+        g = tl.where(across(alive), g, 0.0)
         store_tile(grad, g, tile, n_classes, GROUP, "")
