@@ -113,10 +113,10 @@ def choose_config(n_classes: int, demands: Demands) -> Config | None:
         return Config(TILE // classes, classes, 64, registers(88, 112, 144, 168))
     classes = triton.next_power_of_2(n_classes + demands.layout.slack)
     if classes <= 256:
-        return Config(1, classes, 32, registers(72, 112, 112, 120))
+        return Config(1, classes, 32, registers(72, 112, 144, 120))
     if classes <= 4096:
-        # Its tiles of 16 logits a thread spill 24 bytes on sm_120.
-        per_thread = 8 if demands.divergence == "skew_reverse_kl" and classes <= 2048 else 16
+        # Their tiles of 16 logits a thread spill up to 24 bytes on sm_120.
+        per_thread = 8 if demands.divergence.startswith("skew") and classes <= 2048 else 16
         return Config(
             1, classes, classes // per_thread, registers(104, 168 if stats else 136, 200 if stats else 152, 176)
         )
@@ -145,17 +145,18 @@ def choose_chunks(demands: Demands) -> Chunks:
     """
     stats, divergence, length = demands.stats, demands.divergence, demands.list_length
     forward = divergence == "forward_kl"
-    rows = Config(1, 1024, min(256, max(32, length // 8)), 255)
+    rows = Config(1, 1024, min(256, max(64, length // 8)), 255)
     one_read = None
     if length <= LONGEST_LIST_OF_A_CHUNK:
         # A program of a single warp takes 23 instructions for each logit, one of two warps 32, and fewer registers.
         plain = forward and not (stats or demands.laborious or length)
-        registers = 168 if demands.laborious or length else 112 if forward else 128
+        registers = 216 if length else 192 if demands.laborious else 144
         one_read = Config(1, 1024, 32, 192 if demands.ce else 168) if plain else Config(1, 1024, 64, registers)
     if demands.laborious or length:
         gradient = Config(1, 2048, 128, 168 if forward else 192)
         return Chunks(one_read, Config(1, 1024, 32, 255), Config(1, 1024, 64, 255), gradient, rows)
-    statistics = Config(1, 1024, 32, 168 if stats else 152 if demands.extras else 128)
+    fewest = 168 if stats else 152 if demands.extras else 128
+    statistics = Config(1, 1024, 32, fewest if forward else 255)
     gradient = Config(1, 2048, 128, (96 if demands.extras else 64) if forward else 144)
     # A warp of 32 logits a thread would spill with the last of them.
     warps = 2 if divergence == "skew_reverse_kl" else 1
