@@ -254,7 +254,7 @@ def parts(seconds: float, repeats: int) -> Iterator[tuple[str, Case | None, Call
     yield "bits", long, functools.partial(same_bits, long, repeats)
     for case in TIMED[:6] if CUDA else FEW[-1:]:
         yield "speed", case, functools.partial(speed, case, seconds)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if CUDA else (torch.float32,):
         yield "bound", None, functools.partial(bound_by_instructions, dtype, seconds)
     yield "sweep", long, functools.partial(sweep, long, seconds / 2)
     yield "host", None, host_time
@@ -268,7 +268,8 @@ def parts(seconds: float, repeats: int) -> Iterator[tuple[str, Case | None, Call
         yield "speed", long, functools.partial(speed, long, seconds, divergence)
     for case in [TIMED[0], TIMED[-1], TIMED[-2], Case(32, 3, 3)] if CUDA else []:
         yield "others", case, functools.partial(beside_others, case, seconds)
-    yield "repeats", long, functools.partial(same_bits, long, 50 * repeats if CUDA else 1)
+    if CUDA:
+        yield "repeats", long, functools.partial(same_bits, long, 50 * repeats)
 
 
 def main() -> int:
