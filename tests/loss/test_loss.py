@@ -155,8 +155,6 @@ def test_budget(backend: str, options: dict[str, Any], n: int, c: int, k: int) -
     elif is_interpreted(backend):
         # Enough for two programs.
         n = min(n, 800 // c)
-        if c == 2 and options not in OPTIONS[::3]:
-            pytest.skip("slow in the interpreter; three classes take the same way")
     case = make_case(n, c, k, **options)
     assert_within_budget(case.run(backend), case)
     case = make_case(n, c, k, masked=True, weighted=True, seed=1, **options)

@@ -148,7 +148,6 @@ def fused_tile(
 
     if grad is not None:
         factor = gradient_factor(weight, invalid, divisor, n_rows, ignore_index)
-        g = tl.zeros(b.shape, tl.float32)
         taught = (mass != 0) & (kd_weight > 0)
         kd_factor = across(kd_weight * temperature * factor)
         # Student and teachers have the same order of operations: 0 where they are equal.
